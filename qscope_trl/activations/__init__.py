@@ -1,0 +1,1 @@
+"""From texts to sparse features: running a model and encoding its residuals."""

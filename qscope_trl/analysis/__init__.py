@@ -1,0 +1,1 @@
+"""Uses of features on data: finding them, checking SAEs, curating sets."""

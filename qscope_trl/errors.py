@@ -1,0 +1,41 @@
+"""Errors and warnings of the package.
+
+Every error that a user can cause derives from `QScopeError` and from the built-in it resembles, so `except ValueError`
+keeps working. Messages say what was found, why it matters and what to do.
+"""
+
+
+class QScopeError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class CheckpointError(QScopeError, ValueError):
+    """An SAE checkpoint is missing, damaged, of the wrong shape or of an unknown format."""
+
+
+class FeatureSetError(QScopeError, ValueError):
+    """A FeatureSet is malformed, or was made for another model or another SAE."""
+
+
+class ConfigError(QScopeError, ValueError):
+    """A configuration value, key or flag does not fit."""
+
+
+class DataError(QScopeError, ValueError):
+    """A dataset lacks a column, a group or any usable text."""
+
+
+class ModelStructureError(QScopeError, TypeError):
+    """The model has no decoder layers that can be found, or not the asked-for ones."""
+
+
+class AttachError(QScopeError, RuntimeError):
+    """The penalty cannot join this trainer's loss."""
+
+
+class PenaltySelfCheckError(QScopeError, RuntimeError):
+    """The penalty was attached, but a training step shows that it does not act."""
+
+
+class QScopeWarning(UserWarning):
+    """Something works, but not in the way a user might expect."""

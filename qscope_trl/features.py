@@ -1,0 +1,339 @@
+"""FeatureSet: the chosen features, what they were chosen on, and the SAE they belong to.
+
+A FeatureSet is what travels between the parts of the package: discovery writes it; penalties, rewards, steering, rules
+and dashboards read it. It is a small YAML or JSON file a person can read and edit. This module imports neither torch
+nor transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qscope_trl.errors import FeatureSetError
+
+FORMAT_VERSION = 1
+_NAME = re.compile(r"L(\d+)F(\d+)")
+
+
+@dataclass(frozen=True, order=True)
+class FeatureId:
+    """Address of one SAE feature, written `L12F345`: layer 12 (counted from 0), feature 345.
+
+    Args:
+        layer: Decoder layer whose output the SAE reads, from 0.
+        index: Row of `W_enc`, from 0.
+    """
+
+    layer: int
+    index: int
+
+    def __post_init__(self) -> None:
+        for name in ("layer", "index"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise FeatureSetError(f"A feature's `{name}` is a whole number from 0, got {value!r}.")
+
+    @classmethod
+    def parse(cls, text: str) -> FeatureId:
+        """Read `L12F345`.
+
+        Raises:
+            FeatureSetError: If `text` has another form.
+        """
+        match = _NAME.fullmatch(text.strip())
+        if match is None:
+            raise FeatureSetError(f"`{text}` is not a feature name. Write layer and index as in `L12F345`.")
+        return cls(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"L{self.layer}F{self.index}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feature:
+    """One chosen feature.
+
+    Args:
+        layer: Decoder layer, from 0.
+        index: Row of `W_enc`, from 0.
+        weight: Factor of this feature in a penalty or score. Typical 1.0; must be finite.
+        threshold: Pre-activation above which a hinge penalty starts (`alpha` in SASFT), typically the untuned
+            model's mean pre-activation on text that should not carry the feature. May be negative.
+        group_thresholds: Threshold per group of samples (for example per language); a group that is not listed uses
+            `threshold`.
+        label: What the feature stands for, in words.
+        evidence: Figures it was chosen on, such as `auroc` or `mean_difference`.
+    """
+
+    layer: int
+    index: int
+    weight: float = 1.0
+    threshold: float = 0.0
+    group_thresholds: Mapping[str, float] = field(default_factory=dict)
+    label: str = ""
+    evidence: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        name = str(self.id)
+        for key, value in [
+            ("weight", self.weight),
+            ("threshold", self.threshold),
+            *((f"group_thresholds.{group}", value) for group, value in self.group_thresholds.items()),
+        ]:
+            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+                raise FeatureSetError(f"`{key}` of feature {name} is a finite number, got {value!r}.")
+
+    @property
+    def id(self) -> FeatureId:
+        """Address of the feature."""
+        return FeatureId(self.layer, self.index)
+
+    def threshold_for(self, group: str | None) -> float:
+        """Threshold that applies to a sample of `group`."""
+        return self.threshold if group is None else self.group_thresholds.get(group, self.threshold)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSet:
+    """Chosen features with weights, thresholds, evidence and origin.
+
+    Args:
+        features: The features, each at most once.
+        model: Name of the model they were found on. Informative: a set made on a base model serves its tuned versions.
+        sae: SAE repository or folder name they index.
+        sae_revision: Commit or tag of that repository.
+        sae_fingerprints: Per layer, the fingerprint that `SAESuite.fingerprint` gives; compared before use.
+        d_model: Width of the residual stream; compared before use.
+        d_sae: Number of features of each SAE; compared before use.
+        num_layers: Number of decoder layers of the model; compared before use.
+        target_group: Group that the features stand for; samples of that group are exempt from a penalty.
+        origin: How the set was made: command, data, counts, settings.
+    """
+
+    features: tuple[Feature, ...]
+    model: str | None = None
+    sae: str | None = None
+    sae_revision: str | None = None
+    sae_fingerprints: Mapping[int, str] = field(default_factory=dict)
+    d_model: int | None = None
+    d_sae: int | None = None
+    num_layers: int | None = None
+    target_group: str | None = None
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.features:
+            raise FeatureSetError("A FeatureSet needs at least one feature, got none.")
+        seen: set[FeatureId] = set()
+        for feature in self.features:
+            if feature.id in seen:
+                raise FeatureSetError(f"Feature {feature.id} appears twice; merge its entries into one.")
+            seen.add(feature.id)
+            if self.d_sae is not None and feature.index >= self.d_sae:
+                raise FeatureSetError(
+                    f"Feature {feature.id} is out of range: the set says `d_sae: {self.d_sae}`, so indices end at "
+                    f"{self.d_sae - 1}."
+                )
+            if self.num_layers is not None and feature.layer >= self.num_layers:
+                raise FeatureSetError(
+                    f"Feature {feature.id} is out of range: the set says `num_layers: {self.num_layers}`, so layers "
+                    f"end at {self.num_layers - 1}."
+                )
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers that carry at least one feature, ascending."""
+        return tuple(sorted({feature.layer for feature in self.features}))
+
+    @property
+    def ids(self) -> tuple[FeatureId, ...]:
+        """Addresses in the order of the set."""
+        return tuple(feature.id for feature in self.features)
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Groups that any feature has a threshold for, sorted."""
+        return tuple(sorted({group for feature in self.features for group in feature.group_thresholds}))
+
+    def for_layer(self, layer: int) -> tuple[Feature, ...]:
+        """Features of one layer, in the order of the set."""
+        return tuple(feature for feature in self.features if feature.layer == layer)
+
+    def with_features(self, features: Iterable[Feature]) -> FeatureSet:
+        """The same origin with other features (a subset, or re-weighted ones)."""
+        return replace(self, features=tuple(features))
+
+    @classmethod
+    def from_names(cls, names: Iterable[str | FeatureId], **origin: Any) -> FeatureSet:
+        """Build a set from names such as `L12F345`, weight 1 and threshold 0.
+
+        Args:
+            names: Feature names or ids.
+            **origin: Other fields of `FeatureSet`, such as `sae` or `d_sae`.
+        """
+        ids = [name if isinstance(name, FeatureId) else FeatureId.parse(name) for name in names]
+        return cls(features=tuple(Feature(layer=i.layer, index=i.index) for i in ids), **origin)
+
+    @classmethod
+    def load(cls, source: FeatureSet | str | os.PathLike[str] | Sequence[str]) -> FeatureSet:
+        """Read a set from a YAML or JSON file, or take it as it is.
+
+        Args:
+            source: A `FeatureSet`, a path ending in `.yaml`, `.yml` or `.json`, or a list of names like `L12F345`.
+
+        Raises:
+            FeatureSetError: If the file is missing, unreadable, or has unknown or ill-typed entries.
+        """
+        if isinstance(source, FeatureSet):
+            return source
+        if not isinstance(source, str | os.PathLike):
+            return cls.from_names(source)
+        path = Path(source)
+        if not path.is_file():
+            raise FeatureSetError(
+                f"No feature file at '{path}'. Write one with `qscope find`, or pass a list such as ['L12F345']."
+            )
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as err:
+            raise FeatureSetError(f"'{path}' is neither YAML nor JSON: {err}") from err
+        if not isinstance(data, dict):
+            raise FeatureSetError(f"'{path}' holds a {type(data).__name__}, not a mapping with a `features` list.")
+        try:
+            return cls.from_dict(data)
+        except FeatureSetError as err:
+            raise FeatureSetError(f"'{path}': {err}") from err
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> FeatureSet:
+        """Build a set from the mapping that `to_dict` gives.
+
+        Raises:
+            FeatureSetError: If a key is unknown or missing, or the format version is newer than this package.
+        """
+        data = dict(data)
+        version = data.pop("format_version", FORMAT_VERSION)
+        if version != FORMAT_VERSION:
+            raise FeatureSetError(
+                f"`format_version` is {version!r}, but this version of qscope_trl reads {FORMAT_VERSION}. Update the "
+                f"package."
+            )
+        _refuse_unknown(data, cls, "the FeatureSet")
+        entries = data.pop("features", None)
+        if not isinstance(entries, list):
+            raise FeatureSetError("`features` is missing or not a list.")
+        data["sae_fingerprints"] = {int(k): str(v) for k, v in (data.get("sae_fingerprints") or {}).items()}
+        return cls(features=tuple(_feature(entry) for entry in entries), **data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain mapping for YAML or JSON; `from_dict` reads it back to an equal set."""
+        data = {"format_version": FORMAT_VERSION, **asdict(self)}
+        data["features"] = [
+            {k: v for k, v in asdict(feature).items() if v not in ({}, "")} for feature in self.features
+        ]
+        return {k: v for k, v in data.items() if v not in (None, {})}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the set to `path` (`.json`, otherwise YAML), under a temporary name first so no half file is left."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = (
+            json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+            if path.suffix == ".json"
+            else yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        )
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    def check_fits(
+        self,
+        *,
+        d_model: int | None = None,
+        num_layers: int | None = None,
+        d_sae: int | None = None,
+        sae: str | None = None,
+        fingerprints: Mapping[int, str] | None = None,
+    ) -> None:
+        """Refuse the set if it was made for another model or another SAE.
+
+        Every argument that is given is compared with the set's own figure, where the set has one.
+
+        Args:
+            d_model: Width of the model at hand.
+            num_layers: Decoder layers of the model at hand.
+            d_sae: Width of the SAEs at hand.
+            sae: Name of the SAEs at hand, for the message.
+            fingerprints: Fingerprints of the SAEs at hand, per layer.
+
+        Raises:
+            FeatureSetError: If any figure differs.
+        """
+        for name, mine, theirs in [
+            ("d_model", self.d_model, d_model),
+            ("num_layers", self.num_layers, num_layers),
+            ("d_sae", self.d_sae, d_sae),
+        ]:
+            if mine is not None and theirs is not None and mine != theirs:
+                raise FeatureSetError(
+                    f"This FeatureSet was made for `{name}={mine}` (model '{self.model}', SAE '{self.sae}'), but here "
+                    f"`{name}={theirs}`. Its indices mean other features here; find features with this model and SAE."
+                )
+        for feature in self.features:
+            if d_sae is not None and feature.index >= d_sae:
+                raise FeatureSetError(
+                    f"Feature {feature.id} is out of range: the SAE has `d_sae={d_sae}` features, so indices end at "
+                    f"{d_sae - 1}."
+                )
+            if num_layers is not None and feature.layer >= num_layers:
+                raise FeatureSetError(
+                    f"Feature {feature.id} is out of range: the model has {num_layers} decoder layers, so layers end "
+                    f"at {num_layers - 1}."
+                )
+        for layer, value in (fingerprints or {}).items():
+            mine_value = self.sae_fingerprints.get(layer)
+            if mine_value is not None and mine_value != value:
+                raise FeatureSetError(
+                    f"The SAE of layer {layer} in '{sae}' is not the one this FeatureSet was made with "
+                    f"('{self.sae}'): fingerprint {value}, expected {mine_value}. Its indices mean other features "
+                    f"here."
+                )
+
+
+def _feature(entry: Any) -> Feature:
+    if isinstance(entry, str):
+        parsed = FeatureId.parse(entry)
+        return Feature(layer=parsed.layer, index=parsed.index)
+    if not isinstance(entry, dict):
+        raise FeatureSetError(f"An entry of `features` is a mapping or a name like `L12F345`, got {entry!r}.")
+    _refuse_unknown(entry, Feature, "a feature")
+    missing = {"layer", "index"} - entry.keys()
+    if missing:
+        raise FeatureSetError(f"An entry of `features` lacks `{'`, `'.join(sorted(missing))}`: {entry!r}.")
+    return Feature(**entry)
+
+
+def _refuse_unknown(data: Mapping[str, Any], kind: type, where: str) -> None:
+    known = [item.name for item in fields(kind)]
+    unknown = [key for key in data if key not in known]
+    if unknown:
+        raise FeatureSetError(f"Unknown key `{unknown[0]}` in {where}. Known: {', '.join(known)}.")

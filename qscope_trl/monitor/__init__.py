@@ -1,0 +1,1 @@
+"""What features do during a run: running statistics, reduced across processes."""

@@ -1,0 +1,398 @@
+"""Joining a feature penalty to a trainer's loss.
+
+Layer hooks capture residuals during the trainer's own forward; a wrapper of the public `trainer.compute_loss` computes
+the penalty afterwards and adds it, normalised as the trainer normalises its own loss. Loss scaling, accumulation and
+averaging over processes then hold by construction. `SAEPenaltyCallback` is the drop-in face of this; `attach` the
+explicit one. Left out: trainers that never call `compute_loss`, sequence parallelism and DataParallel; each is refused
+with a reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Mapping, MutableMapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qscope_trl.config import PenaltyConfig
+from qscope_trl.errors import AttachError, DataError, QScopeWarning
+from qscope_trl.features import FeatureSet
+from qscope_trl.hooks.layers import d_model, find_layers
+from qscope_trl.hooks.residual import Capture, ResidualHook
+from qscope_trl.monitor.statistics import FeatureStatistics
+from qscope_trl.sae.suite import SAESuite
+from qscope_trl.training.checks import (
+    check_captures,
+    check_gradient,
+    raise_bypassed,
+    refuse_unsupported,
+    require_trainable_below,
+)
+from qscope_trl.training.collator import GROUP_KEY
+from qscope_trl.training.masks import GroupFn, runs_batch, token_groups, token_mask
+from qscope_trl.training.normalisation import loss_divisor
+from qscope_trl.training.penalty import PENALTIES, VALUE_NAMES, LayerFeatures, open_layer
+
+
+def attach(trainer: Any, saes: Any, features: Any, **settings: Any) -> PenaltyAttachment:
+    """Attach a feature penalty to a trainer; the same as `PenaltyAttachment(saes, features, ...).attach(trainer)`.
+
+    Use it as a context manager to be sure that everything comes off again:
+    `with attach(trainer, saes, features, penalty_weight=0.1): trainer.train()`.
+    """
+    return PenaltyAttachment(saes, features, **settings).attach(trainer)
+
+
+class PenaltyAttachment:
+    """A feature penalty and the one trainer it is attached to.
+
+    The loss of every micro-batch grows by `weight * s / n`: `s` is the sum over penalised tokens, layers and features,
+    and `n` is what the trainer divides its own loss by. Where that is the number of trained tokens of the optimizer
+    step (SFT, plain `Trainer`), the penalty is the exact mean over those tokens; where the trainer averages
+    micro-batches (DPO, KTO, Reward, or `penalty_tokens="all"`), it is the mean of micro-batch means.
+
+    Args:
+        saes: Hub id, folder, file, or an open `SAESuite`.
+        features: `FeatureSet`, path to one, or a list of names like `L12F345`.
+        config: Settings as one object, instead of `settings`.
+        monitor_features: Features that are measured and never penalised.
+        group_fn: Names the group of a sequence from its token ids; groups choose thresholds, and samples of the
+            FeatureSet's `target_group` are exempt.
+        sae_revision: Commit, tag or branch of a Hub repository.
+        sae_k: Active features per token, where the SAE's name does not say.
+        **settings: Fields of `PenaltyConfig`.
+
+    Raises:
+        ConfigError: If a setting does not fit.
+        FeatureSetError: If a feature file is unreadable.
+    """
+
+    def __init__(
+        self,
+        saes: SAESuite | str | os.PathLike[str],
+        features: FeatureSet | str | os.PathLike[str] | Sequence[str],
+        *,
+        config: PenaltyConfig | None = None,
+        monitor_features: FeatureSet | str | os.PathLike[str] | Sequence[str] | None = None,
+        group_fn: GroupFn | None = None,
+        sae_revision: str | None = None,
+        sae_k: int | None = None,
+        **settings: Any,
+    ) -> None:
+        self.config = PenaltyConfig.from_settings(config, **settings)
+        self.features = FeatureSet.load(features)
+        self.monitor_features = None if monitor_features is None else FeatureSet.load(monitor_features)
+        self.group_fn = group_fn
+        self._source = (saes, sae_revision, sae_k)
+        self._groups = tuple(sorted({*self.features.groups, *filter(None, [self.features.target_group])}))
+        self._layers: dict[int, LayerFeatures] = {}
+        self._monitors: dict[int, LayerFeatures] = {}
+        self._hook: ResidualHook | None = None
+        self._trainer: Any = None
+        self._originals: dict[str, Any] = {}
+        self._statistics = {mode: self._new_statistics() for mode in ("train", "eval")}
+        self._checked = False
+        self._loss_calls = 0
+        self._gradient_seen: list[float] = []
+
+    # --- attaching -----------------------------------------------------------------------------------------------
+
+    @property
+    def trainer(self) -> Any:
+        """The trainer this is attached to, or None."""
+        return self._trainer
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether hooks and wrappers are in place."""
+        return self._hook is not None and self._hook.is_attached
+
+    def attach(self, trainer: Any) -> PenaltyAttachment:
+        """Hook the trainer's model and wrap its `compute_loss` and `log`: everything or, on an error, nothing.
+
+        Attaching again to the same trainer follows a replaced model (`model_init`) and is otherwise without effect.
+
+        Args:
+            trainer: A transformers or TRL trainer, before or during `train()`.
+
+        Returns:
+            Itself, usable as a context manager.
+
+        Raises:
+            AttachError: If the trainer cannot carry a penalty, or no parameter below the penalised layers trains.
+            FeatureSetError: If the features belong to another model or SAE.
+            CheckpointError: If the SAEs cannot be read.
+            ModelStructureError: If the decoder layers cannot be found.
+        """
+        if self._trainer is trainer and self._hook is not None and self._hook.model is trainer.model:
+            return self
+        self.detach()
+        model = trainer.model
+        refuse_unsupported(trainer)
+        self._open_features(model)
+        if self.config.penalty_weight > 0:
+            require_trainable_below(model, self.features.layers)
+        hook = ResidualHook(model, sorted({*self._layers, *self._monitors}))
+        hook.attach()
+        self._hook, self._trainer = hook, trainer
+        for name, wrapper in (("compute_loss", self._wrap_compute_loss), ("log", self._wrap_log)):
+            self._originals[name] = trainer.__dict__.get(name)
+            setattr(trainer, name, wrapper(getattr(trainer, name)))
+        self._checked, self._loss_calls, self._gradient_seen = False, 0, []
+        return self
+
+    def detach(self) -> None:
+        """Take off every hook and wrapper; a second call does nothing."""
+        if self._hook is not None:
+            self._hook.detach()
+            self._hook = None
+        if self._trainer is not None:
+            for name, original in self._originals.items():
+                if original is None:
+                    self._trainer.__dict__.pop(name, None)
+                else:
+                    setattr(self._trainer, name, original)
+            self._originals = {}
+            self._trainer = None
+
+    def __enter__(self) -> PenaltyAttachment:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def _open_features(self, model: torch.nn.Module) -> None:
+        if self._layers:
+            return
+        saes, revision, k = self._source
+        wanted = {*self.features.layers, *(self.monitor_features.layers if self.monitor_features else ())}
+        suite = SAESuite.from_pretrained(saes, layers=sorted(wanted), revision=revision, k=k)
+        width, num_layers = d_model(model), len(find_layers(model))
+        for chosen, target, kind in (
+            (self.features, self._layers, self.config.penalty_kind),
+            (self.monitor_features, self._monitors, "preact_hinge"),
+        ):
+            if chosen is None:
+                continue
+            for layer in chosen.layers:
+                spec = suite.spec(layer)
+                if spec.d_model != width:
+                    raise AttachError(
+                        f"The SAE of layer {layer} in '{suite.source}' reads residuals of width {spec.d_model}, but "
+                        f"`{type(model).__name__}` has `hidden_size={width}`. Use the SAEs made for this model."
+                    )
+                fingerprints = {layer: suite.fingerprint(layer)} if layer in chosen.sae_fingerprints else None
+                chosen.check_fits(
+                    d_model=width,
+                    num_layers=num_layers,
+                    d_sae=spec.d_sae,
+                    sae=suite.source,
+                    fingerprints=fingerprints,
+                )
+                target[layer] = open_layer(suite, layer, chosen.for_layer(layer), self._groups, kind)
+
+    # --- the loss ------------------------------------------------------------------------------------------------
+
+    def _wrap_compute_loss(self, original: Any) -> Any:
+        @functools.wraps(original)
+        def compute_loss(model: Any, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any) -> Any:
+            groups = inputs.pop(GROUP_KEY, None) if isinstance(inputs, MutableMapping) else None
+            batch = dict(inputs) if isinstance(inputs, Mapping) else {}
+            hook = self._hook
+            if hook is None:
+                return original(model, inputs, return_outputs, *args, **kwargs)
+            training = torch.is_grad_enabled() and self._trainer.model.training
+            with hook.listen() as captures:
+                result = original(model, inputs, return_outputs, *args, **kwargs)
+            self._loss_calls += 1
+            num_items = args[0] if args else kwargs.get("num_items_in_batch")
+            loss = result[0] if isinstance(result, tuple) else result
+            if not training:
+                self._measure_evaluation(captures, batch, groups)
+                return result
+            joined = self._join(loss, captures, batch, groups, num_items)
+            return (joined, *result[1:]) if isinstance(result, tuple) else joined
+
+        return compute_loss
+
+    def _join(
+        self, loss: Tensor, captures: Sequence[Capture], batch: Mapping[str, Any], groups: Any, num_items: Any
+    ) -> Tensor:
+        seen = [capture for capture in captures if capture.has_grad]
+        if not self._checked:
+            check_captures(captures, {*self._layers, *self._monitors})
+        weight = self._current_weight()
+        with torch.set_grad_enabled(weight > 0):
+            total, count = self._penalty(seen, batch, groups, "train")
+        if weight == 0:
+            self._checked = True
+            return loss
+        if not self._checked:
+            check_gradient(total)
+        penalty = total.to(loss.device) / loss_divisor(
+            self._trainer, count.to(loss.device), num_items, batch, self.config
+        )
+        if penalty.requires_grad and not self._checked:
+            penalty.register_hook(lambda grad: self._gradient_seen.append(float(grad.detach().abs().max())))
+        self._checked = True
+        return loss + (weight * penalty).to(loss.dtype)
+
+    def _penalty(
+        self, captures: Sequence[Capture], batch: Mapping[str, Any], groups: Any, mode: str
+    ) -> tuple[Tensor, Tensor]:
+        """Sum over penalised tokens, layers and features, and the number of penalised tokens."""
+        function = PENALTIES[self.config.penalty_kind]
+        totals: list[Tensor] = []
+        counts: list[Tensor] = []
+        for capture in captures:
+            mask_BT = token_mask(capture, batch, self.config)
+            if mask_BT is None:
+                raise DataError(
+                    f"Neither the forward's `labels` nor the batch (keys {', '.join(f'`{key}`' for key in batch)}) "
+                    f"says which of its tokens are trained, so `penalty_tokens='{self.config.penalty_tokens}'` has no "
+                    f"meaning here. Set `penalty_tokens='all'`."
+                )
+            group_BT = token_groups(capture, self._groups, groups, self.group_fn)
+            if group_BT is not None:
+                group_BT = group_BT.to(mask_BT.device)
+                if self.features.target_group is not None:
+                    mask_BT = mask_BT & (group_BT != 1 + self._groups.index(self.features.target_group))
+            counts.append(mask_BT.sum())
+            for layer, kind_of in ((n, store) for store in (self._layers, self._monitors) for n in store):
+                residual = capture.residuals[layer]
+                chosen = kind_of[layer]
+                if chosen.W_SD.device != residual.device:
+                    chosen = kind_of[layer] = chosen.to(residual.device)
+                mask, group = mask_BT.to(residual.device), None
+                if group_BT is not None:
+                    group = group_BT.to(residual.device)
+                if kind_of is self._monitors:
+                    with torch.no_grad():
+                        terms = PENALTIES["preact_hinge"](residual, chosen, group)
+                else:
+                    terms = function(residual, chosen, group)
+                    totals.append(torch.where(mask, terms.penalty_BT, 0).sum().to(mask_BT.device))
+                statistics = self._statistics[mode][kind_of is self._monitors]
+                if statistics is not None:
+                    statistics.update(
+                        layer,
+                        terms.values_BTS.flatten(0, 1),
+                        terms.active_BTS.flatten(0, 1),
+                        terms.penalty_BT.detach().flatten(),
+                        mask.flatten(),
+                    )
+        return torch.stack(totals).sum(), torch.stack(counts).sum()
+
+    def _current_weight(self) -> float:
+        state = self._trainer.state
+        return self.config.weight_at(state.global_step, state.max_steps)
+
+    # --- checks --------------------------------------------------------------------------------------------------
+
+    def after_optimizer_step(self) -> None:
+        """End of the first-batch self-check; called by the callback at the end of every optimizer step.
+
+        Raises:
+            PenaltySelfCheckError: If `compute_loss` was not called, or the backward did not reach the penalty.
+        """
+        if not self.is_attached:
+            return
+        if self._loss_calls == 0:
+            raise_bypassed(self._trainer)
+        if self._gradient_seen and max(self._gradient_seen) == 0:
+            warnings.warn(
+                "The backward pass reached the SAE penalty with gradient 0 in the first step. Unless the loss scaler "
+                "skipped that step, the penalty has no effect.",
+                QScopeWarning,
+                stacklevel=2,
+            )
+        self._gradient_seen = []
+
+    # --- metrics -------------------------------------------------------------------------------------------------
+
+    def _new_statistics(self) -> tuple[FeatureStatistics, FeatureStatistics | None]:
+        monitors = self.monitor_features
+        return (
+            FeatureStatistics(self.features.ids, VALUE_NAMES[self.config.penalty_kind]),
+            None if monitors is None else FeatureStatistics(monitors.ids, VALUE_NAMES["preact_hinge"]),
+        )
+
+    def _measure_evaluation(self, captures: Sequence[Capture], batch: Mapping[str, Any], groups: Any) -> None:
+        """Measure the one forward of an evaluation step that ran the batch's own tokens, not a reference pass."""
+        for capture in sorted(captures, key=lambda c: not runs_batch(c, batch)):
+            if {*self._layers, *self._monitors} - capture.residuals.keys():
+                continue
+            if token_mask(capture, batch, self.config) is None:
+                continue
+            with torch.no_grad():
+                self._penalty([capture], batch, groups, "eval")
+            return
+
+    def _wrap_log(self, original: Any) -> Any:
+        @functools.wraps(original)
+        def log(logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
+            prefix = _evaluation_prefix(logs)
+            if prefix is not None:
+                logs.update({f"{prefix}_{key}": value for key, value in self._take_metrics("eval").items()})
+            elif "loss" in logs:
+                logs.update(self._take_metrics("train"))
+                if "sae/penalty" in logs:
+                    weight = self.config.weight_at(self._trainer.state.global_step - 1, self._trainer.state.max_steps)
+                    logs["sae/penalty_weight"] = weight
+            return original(logs, *args, **kwargs)
+
+        return log
+
+    def _take_metrics(self, mode: str) -> dict[str, float]:
+        accelerator = self._trainer.accelerator
+        reduce_fn = None
+        if accelerator.num_processes > 1:
+            reduce_fn = functools.partial(accelerator.reduce, reduction="sum")
+        metrics: dict[str, float] = {}
+        for prefix, statistics in zip(("sae", "sae/monitor"), self._statistics[mode], strict=True):
+            if statistics is not None:
+                means = statistics.metrics(reduce_fn, accelerator.device)
+                metrics.update({f"{prefix}/{key}": value for key, value in means.items()})
+                statistics.reset()
+        return metrics
+
+    # --- state ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs: settings and features to compare, sums since the last log event to go on with."""
+        return {
+            "config": {name: getattr(self.config, name) for name in self.config.__dataclass_fields__},
+            "features": [str(i) for i in self.features.ids],
+            "statistics": [None if s is None else s.state() for s in self._statistics["train"]],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a checkpoint's state; a differing setting is kept as given now, with a warning."""
+        mine = self.state_dict()
+        for key, was in {**state.get("config", {}), "features": state.get("features")}.items():
+            now = mine["features"] if key == "features" else mine["config"].get(key)
+            if was != now:
+                warnings.warn(
+                    f"The checkpoint was trained with `{key}={was!r}`, this run says {now!r}. Training goes on with "
+                    f"the new value.",
+                    QScopeWarning,
+                    stacklevel=2,
+                )
+        if state.get("features") == mine["features"]:
+            for statistics, sums in zip(self._statistics["train"], state.get("statistics", ()), strict=False):
+                if statistics is not None:
+                    statistics.load_state(sums, self._trainer.accelerator.device)
+
+
+def _evaluation_prefix(logs: Mapping[str, Any]) -> str | None:
+    for key in logs:
+        if key.endswith("_runtime") and key != "train_runtime":
+            return key.removesuffix("_runtime")
+    return None

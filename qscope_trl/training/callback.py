@@ -1,0 +1,170 @@
+"""The drop-in: one callback in a trainer's list joins the feature penalty to its loss."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from qscope_trl.config import PenaltyConfig
+from qscope_trl.errors import AttachError, QScopeWarning
+from qscope_trl.features import FeatureSet
+from qscope_trl.sae.suite import SAESuite
+from qscope_trl.training.attach import PenaltyAttachment
+from qscope_trl.training.masks import GroupFn
+
+STATE_FILE = "sae_penalty_state.json"
+"""File in each checkpoint with the penalty's settings and its running sums."""
+
+
+class SAEPenaltyCallback(TrainerCallback):  # type: ignore[misc]
+    """Adds a penalty on SAE features to the loss of the trainer it is given to.
+
+    ```python
+    trainer = SFTTrainer(
+        model, args=args, train_dataset=dataset,
+        callbacks=[SAEPenaltyCallback("Qwen/SAE-Res-Qwen3-8B-Base-W64K-L0_50", "zh.yaml", penalty_weight=0.1)],
+    )
+    ```
+
+    The callback finds its trainer by itself, hooks the model when the trainer is built and takes everything off when
+    training ends or a training step fails. `detach()` does the same by hand. What is computed, on which tokens and how
+    it is normalised: see `PenaltyAttachment` and `PenaltyConfig`.
+
+    The trainer's log gains `sae/penalty` (unweighted), `sae/penalty_weight`, `sae/L12/penalty`, and for each feature
+    `sae/L12F345/mean_pre_act` and `sae/L12F345/firing_rate`; monitors appear under `sae/monitor/`, evaluation under
+    `eval_sae/`.
+
+    Args:
+        saes: Hub id, folder, file, or an open `SAESuite`.
+        features: `FeatureSet`, path to one, or a list of names like `L12F345`.
+        penalty_weight: Factor of the penalty in the loss; 0 measures only and leaves training unchanged.
+        config: All settings as one object, instead of keywords.
+        monitor_features: Features that are measured and never penalised.
+        group_fn: Names the group of a sequence from its token ids.
+        sae_revision: Commit, tag or branch of a Hub repository.
+        sae_k: Active features per token, where the SAE's name does not say.
+        **settings: Further fields of `PenaltyConfig`, such as `penalty_kind="topk_act"`.
+
+    Raises:
+        ConfigError: If a setting does not fit.
+        FeatureSetError: If the feature file is unreadable.
+    """
+
+    def __init__(
+        self,
+        saes: SAESuite | str | os.PathLike[str],
+        features: FeatureSet | str | os.PathLike[str] | Sequence[str],
+        penalty_weight: float | None = None,
+        *,
+        config: PenaltyConfig | None = None,
+        monitor_features: FeatureSet | str | os.PathLike[str] | Sequence[str] | None = None,
+        group_fn: GroupFn | None = None,
+        sae_revision: str | None = None,
+        sae_k: int | None = None,
+        **settings: Any,
+    ) -> None:
+        if penalty_weight is not None:
+            settings["penalty_weight"] = penalty_weight
+        self.attachment = PenaltyAttachment(
+            saes,
+            features,
+            config=config,
+            monitor_features=monitor_features,
+            group_fn=group_fn,
+            sae_revision=sae_revision,
+            sae_k=sae_k,
+            **settings,
+        )
+
+    def attach(self, trainer: Any) -> SAEPenaltyCallback:
+        """Attach to a trainer by hand, where the callback cannot find it. Errors as `PenaltyAttachment.attach`."""
+        self.attachment.attach(trainer)
+        return self
+
+    def detach(self) -> None:
+        """Take every hook and wrapper off the trainer and its model."""
+        self.attachment.detach()
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Attach to the trainer that is being built."""
+        trainer = _calling_trainer(self)
+        if trainer is not None and trainer.model is not None:
+            self.attach(trainer)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Attach if `on_init_end` was missed or the model was replaced, and take up a checkpoint's state."""
+        trainer = _calling_trainer(self) or self.attachment.trainer
+        if trainer is None:
+            raise AttachError(
+                "`SAEPenaltyCallback` found no trainer above it on the call stack. Call `callback.attach(trainer)` "
+                "before `trainer.train()`."
+            )
+        self.attach(trainer)
+        if state.global_step > 0:
+            self._load_state(args, state)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Finish the first-batch self-check."""
+        self.attachment.after_optimizer_step()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the penalty's state into the checkpoint."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if not state.is_world_process_zero or not folder.is_dir():
+            return
+        handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{STATE_FILE}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(self.attachment.state_dict(), file, indent=2)
+            os.replace(temporary, folder / STATE_FILE)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take everything off, so that the trained model carries no hook."""
+        self.detach()
+
+    def _load_state(self, args: TrainingArguments, state: TrainerState) -> None:
+        chosen = args.resume_from_checkpoint
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if isinstance(chosen, str) and (Path(chosen) / STATE_FILE).is_file():
+            folder = Path(chosen)
+        if not (folder / STATE_FILE).is_file():
+            warnings.warn(
+                f"Training resumes at step {state.global_step}, but '{folder}' holds no `{STATE_FILE}`: the penalty's "
+                f"settings cannot be compared. Its schedule goes on from the trainer's step.",
+                QScopeWarning,
+                stacklevel=2,
+            )
+            return
+        self.attachment.load_state_dict(json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
+
+
+def _calling_trainer(callback: TrainerCallback) -> Any:
+    """The nearest trainer up the call stack whose callback list holds `callback`."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        candidate = frame.f_locals.get("self")
+        if isinstance(candidate, Trainer):
+            handler = getattr(candidate, "callback_handler", None)
+            if handler is not None and any(item is callback for item in handler.callbacks):
+                return candidate
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
