@@ -1,6 +1,6 @@
 """Seconds that `import qscope_trl` adds to starting Python, in fresh processes that take turns.
 
-    python benchmarks/import_time.py [--rounds 20]
+python benchmarks/import_time.py [--rounds 20]
 """
 
 from __future__ import annotations

@@ -174,7 +174,8 @@ def main() -> None:
             f"| {r['peak_mib_median']:.0f} | {r['memory_ratio']:.3f} |"
         )
     versions = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
-    text = f"{report['what']}; {report['hardware']}; {versions}; {options.rounds} rounds.\n\n" + "\n".join(lines) + "\n"
+    head = f"{report['what']}; {report['hardware']}; {versions}; {options.rounds} rounds."
+    text = f"{head}\n\n" + "\n".join(lines) + "\n"
     (options.output / "step_overhead.md").write_text(text)
     print(text)
 

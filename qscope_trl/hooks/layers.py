@@ -57,8 +57,9 @@ def find_decoder(model: nn.Module) -> nn.Module:
     inner = unwrap(model)
     num_layers = text_config(model).num_hidden_layers
     candidates: list[nn.Module] = []
-    if hasattr(inner, "get_decoder"):
-        decoder = inner.get_decoder()
+    get_decoder: Any = getattr(inner, "get_decoder", None)
+    if get_decoder is not None:
+        decoder = get_decoder()
         if isinstance(decoder, nn.Module):
             candidates.append(decoder)
     candidates.extend(module for module in inner.modules() if not isinstance(module, nn.ModuleList))

@@ -29,7 +29,7 @@ class SAESpec:
         layer: Decoder layer whose output it reads, from 0.
         d_model: Width of the residual stream.
         d_sae: Number of features.
-        k: Active features per token; `None` for other activations than `topk`.
+        k: Active features per token; `None` for other activations than `topk`, or where nothing says it.
         activation: `topk`, `relu` or `jumprelu`.
         source: Hub id or path, for messages.
     """
@@ -120,9 +120,9 @@ class SAESuite:
         """Facts of one layer's SAE.
 
         Raises:
-            CheckpointError: If there is no SAE for `layer`, its file is damaged, or `k` is stated nowhere.
+            CheckpointError: If there is no SAE for `layer`, or its file is damaged.
         """
-        checkpoint = self._open(layer, needs_k=True)
+        checkpoint = self._open(layer)
         return SAESpec(
             layer=layer,
             d_model=checkpoint.d_model,

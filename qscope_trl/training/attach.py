@@ -209,16 +209,20 @@ class PenaltyAttachment:
             if hook is None:
                 return original(model, inputs, return_outputs, *args, **kwargs)
             training = torch.is_grad_enabled() and self._trainer.model.training
-            with hook.listen() as captures:
-                result = original(model, inputs, return_outputs, *args, **kwargs)
-            self._loss_calls += 1
-            num_items = args[0] if args else kwargs.get("num_items_in_batch")
-            loss = result[0] if isinstance(result, tuple) else result
-            if not training:
-                self._measure_evaluation(captures, batch, groups)
-                return result
-            joined = self._join(loss, captures, batch, groups, num_items)
-            return (joined, *result[1:]) if isinstance(result, tuple) else joined
+            try:
+                with hook.listen() as captures:
+                    result = original(model, inputs, return_outputs, *args, **kwargs)
+                self._loss_calls += 1
+                if not training:
+                    self._measure_evaluation(captures, batch, groups)
+                    return result
+                num_items = args[0] if args else kwargs.get("num_items_in_batch")
+                loss, *rest = result if isinstance(result, tuple) else (result,)
+                joined = self._join(loss, captures, batch, groups, num_items)
+                return (joined, *rest) if isinstance(result, tuple) else joined
+            except BaseException:
+                self.detach()
+                raise
 
         return compute_loss
 
@@ -226,8 +230,7 @@ class PenaltyAttachment:
         self, loss: Tensor, captures: Sequence[Capture], batch: Mapping[str, Any], groups: Any, num_items: Any
     ) -> Tensor:
         seen = [capture for capture in captures if capture.has_grad]
-        if not self._checked:
-            check_captures(captures, {*self._layers, *self._monitors})
+        check_captures(captures, {*self._layers, *self._monitors})
         weight = self._current_weight()
         with torch.set_grad_enabled(weight > 0):
             total, count = self._penalty(seen, batch, groups, "train")
@@ -240,9 +243,12 @@ class PenaltyAttachment:
             self._trainer, count.to(loss.device), num_items, batch, self.config
         )
         if penalty.requires_grad and not self._checked:
-            penalty.register_hook(lambda grad: self._gradient_seen.append(float(grad.detach().abs().max())))
+            penalty.register_hook(self._see_gradient)  # type: ignore[no-untyped-call]
         self._checked = True
         return loss + (weight * penalty).to(loss.dtype)
+
+    def _see_gradient(self, grad: Tensor) -> None:
+        self._gradient_seen.append(float(grad.abs().max()))
 
     def _penalty(
         self, captures: Sequence[Capture], batch: Mapping[str, Any], groups: Any, mode: str
@@ -305,7 +311,9 @@ class PenaltyAttachment:
         if not self.is_attached:
             return
         if self._loss_calls == 0:
-            raise_bypassed(self._trainer)
+            trainer = self._trainer
+            self.detach()
+            raise_bypassed(trainer)
         if self._gradient_seen and max(self._gradient_seen) == 0:
             warnings.warn(
                 "The backward pass reached the SAE penalty with gradient 0 in the first step. Unless the loss scaler "
@@ -334,6 +342,12 @@ class PenaltyAttachment:
             with torch.no_grad():
                 self._penalty([capture], batch, groups, "eval")
             return
+
+    def forget_evaluation(self) -> None:
+        """Drop what was measured outside training since the last log event."""
+        for statistics in self._statistics["eval"]:
+            if statistics is not None:
+                statistics.reset()
 
     def _wrap_log(self, original: Any) -> Any:
         @functools.wraps(original)

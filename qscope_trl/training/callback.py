@@ -9,6 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -135,6 +136,12 @@ class SAEPenaltyCallback(TrainerCallback):  # type: ignore[misc]
             Path(temporary).unlink(missing_ok=True)
             raise
 
+    def on_predict(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
+    ) -> None:
+        """Forget what `trainer.predict` measured, so that the next evaluation reports its own data only."""
+        self.attachment.forget_evaluation()
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -159,12 +166,12 @@ class SAEPenaltyCallback(TrainerCallback):  # type: ignore[misc]
 
 def _calling_trainer(callback: TrainerCallback) -> Any:
     """The nearest trainer up the call stack whose callback list holds `callback`."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         candidate = frame.f_locals.get("self")
         if isinstance(candidate, Trainer):
             handler = getattr(candidate, "callback_handler", None)
             if handler is not None and any(item is callback for item in handler.callbacks):
                 return candidate
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None

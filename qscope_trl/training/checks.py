@@ -19,7 +19,9 @@ KNOWN_GOOD = "transformers 4.57-5.23 with TRL 0.24-1.16"
 def refuse_unsupported(trainer: Any) -> None:
     """Raise `AttachError` for a trainer in which a penalty cannot be right."""
     parallelism = getattr(getattr(trainer, "accelerator", None), "parallelism_config", None)
-    if parallelism is not None and (getattr(parallelism, "sp_enabled", False) or parallelism.cp_enabled):
+    if parallelism is not None and (
+        getattr(parallelism, "sp_enabled", False) or getattr(parallelism, "cp_enabled", False)
+    ):
         raise AttachError(
             "The trainer splits sequences over processes (sequence or context parallelism), so no process sees whole "
             "sequences and the penalised tokens cannot be told. Train with data, tensor or ZeRO parallelism instead."
@@ -56,17 +58,17 @@ def require_trainable_below(model: torch.nn.Module, layers: Sequence[int]) -> No
 
 
 def check_captures(captures: Sequence[Capture], wanted: set[int]) -> None:
-    """Raise unless every forward of the first step showed every hooked layer, one of them with gradients."""
+    """Raise unless every forward of a training step showed every hooked layer, one of them with gradients."""
     if not captures or any(wanted - capture.residuals.keys() for capture in captures):
         shown = set().union(*(capture.residuals.keys() for capture in captures))
         raise PenaltySelfCheckError(
-            f"The first training step ran without a residual of layers {sorted(wanted - shown)}: the hooks did not "
+            f"A training step ran without a residual of layers {sorted(wanted - shown)}: the hooks did not "
             f"fire. Usually the model was compiled before the penalty was attached; build the trainer before the "
             f"first compiled forward, or let `torch_compile=True` compile it."
         )
     if not any(capture.has_grad for capture in captures):
         raise PenaltySelfCheckError(
-            f"The first training step ran the model without gradients only, so no penalty can reach the weights. "
+            f"A training step ran the model without gradients only, so no penalty can reach the weights. "
             f"Known to work: {KNOWN_GOOD}."
         )
 

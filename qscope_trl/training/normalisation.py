@@ -36,13 +36,19 @@ def loss_divisor(
     window = batch.get("num_items_in_batch")
     if own_tokens and isinstance(window, Tensor):
         spanned = getattr(trainer.args, "steps_per_generation", None) or steps
-        return window.clamp(min=1) / trainer.accelerator.num_processes * steps / spanned
+        scale: float = steps / spanned / trainer.accelerator.num_processes
+        return window.clamp(min=1) * scale
     if not loss_is_scaled(trainer, num_items):
         return mean
     if num_items is None or not own_tokens:
-        return mean * steps
-    processes = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
-    return torch.as_tensor(num_items, device=count.device).clamp(min=1) / processes
+        return mean * int(steps)
+    items = torch.as_tensor(num_items, device=count.device).clamp(min=1)
+    if not trainer.args.average_tokens_across_devices:
+        return items
+    # Tensor-parallel processes see the same tokens; newer trainers count them once.
+    copies: int = trainer.get_tp_size() if hasattr(trainer, "get_tp_size") else 1
+    processes: int = max(1, trainer.accelerator.num_processes // copies)
+    return items / processes
 
 
 def loss_is_scaled(trainer: Any, num_items: Any) -> bool:

@@ -109,7 +109,7 @@ def preact_hinge(x_BTD: Tensor, features: LayerFeatures, group_BT: Tensor | None
     f_BTS = reference.pre_activations(x_BTD, features.W_SD, features.b_S)
     thresholds = features.thresholds_GS[0] if group_BT is None else features.thresholds_GS[group_BT]
     above = f_BTS - thresholds
-    return PenaltyTerms(above.relu() @ features.weights_S, f_BTS.detach(), above.detach() > 0)
+    return PenaltyTerms((above.relu() * features.weights_S).sum(-1), f_BTS.detach(), above.detach() > 0)
 
 
 def topk_act(x_BTD: Tensor, features: LayerFeatures, group_BT: Tensor | None = None) -> PenaltyTerms:
@@ -138,7 +138,7 @@ def topk_act(x_BTD: Tensor, features: LayerFeatures, group_BT: Tensor | None = N
             member_TS = reference.topk_membership(x_TD, sae.W_enc, sae.b_enc, sae.k or 0, indices)
             active_BTS &= member_TS.view_as(active_BTS)
     acts_BTS = torch.where(active_BTS, f_BTS, 0)
-    return PenaltyTerms(acts_BTS @ features.weights_S, acts_BTS.detach(), active_BTS)
+    return PenaltyTerms((acts_BTS * features.weights_S).sum(-1), acts_BTS.detach(), active_BTS)
 
 
 PENALTIES = {"preact_hinge": preact_hinge, "topk_act": topk_act}

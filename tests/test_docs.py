@@ -1,0 +1,55 @@
+"""Examples and the Python of README and docs run as they stand, on the bundled model."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "CI": "1"}
+
+
+def run(code: str, folder: Path) -> str:
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def blocks(path: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+def test_examples_run_and_show_the_penalty(path: Path, tmp_path: Path) -> None:
+    assert "penalty 0." in run(path.read_text(encoding="utf-8"), tmp_path)
+
+
+def test_the_readme_script_runs_on_the_bundled_model(tmp_path: Path) -> None:
+    script = blocks(ROOT / "README.md")[0]
+    assert len(script.strip().splitlines()) <= 12
+    from qscope_trl.demo import assets
+
+    small = 'SFTConfig(output_dir="out", max_steps=2, logging_steps=1, use_cpu=True, bf16=False, report_to="none")'
+    prepared = script
+    for given, local in [
+        ('"Qwen/Qwen3-8B-Base"', repr(str(assets.MODEL))),
+        ('"Qwen/SAE-Res-Qwen3-8B-Base-W64K-L0_50"', repr(str(assets.saes()))),
+        ('"features/zh.yaml"', '["L5F1"]'),
+        ('SFTConfig(output_dir="out")', small),
+    ]:
+        assert given in prepared
+        prepared = prepared.replace(given, local)
+    before = "from datasets import Dataset\nfrom qscope_trl.demo import assets\ndataset = Dataset.from_list(assets.rows('sft_train')[:32])\n"  # noqa: E501
+    after = "\nprint([e['sae/penalty'] for e in trainer.state.log_history if 'sae/penalty' in e])"
+    assert run(before + prepared + after, tmp_path).strip().splitlines()[-1].startswith("[")
+
+
+@pytest.mark.parametrize("name", ["training.md"])
+def test_python_of_the_docs_runs_in_order(name: str, tmp_path: Path) -> None:
+    run("\n".join(blocks(ROOT / "docs" / name)), tmp_path)

@@ -1,0 +1,492 @@
+"""What attaching promises: nothing changes at weight 0, nothing remains afterwards, every misuse speaks up."""
+
+from __future__ import annotations
+
+import gc
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from qscope_trl import FeatureSet, GroupCollator, SAEPenaltyCallback, SAESuite, attach
+from qscope_trl.errors import (
+    AttachError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    FeatureSetError,
+    ModelStructureError,
+    PenaltySelfCheckError,
+    QScopeWarning,
+)
+from qscope_trl.features import Feature
+from qscope_trl.training.penalty import PENALTIES
+from tests.tiny import D_MODEL, D_SAE, K, tiny_model, tiny_tokenizer, write_saes
+from tests.training.harness import arguments, pad_collate, sft_dataset, tokenized_rows, train
+from tests.training.test_equality import lora
+
+NAMES = ["L1F3", "L2F40"]
+
+
+@pytest.fixture(scope="module")
+def saes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_saes(tmp_path_factory.mktemp("saes"))
+
+
+def make_trainer(tmp_path: Path, callbacks: list[Any], model: Any = None, **changes: Any) -> SFTTrainer:
+    settings = {"learning_rate": 1e-2, "optim": "adamw_torch", "output_dir": str(tmp_path), **changes}
+    return SFTTrainer(
+        tiny_model() if model is None else model,
+        args=arguments(SFTConfig, **settings),
+        train_dataset=sft_dataset(),
+        eval_dataset=sft_dataset(4, seed=9),
+        processing_class=tiny_tokenizer(),
+        callbacks=callbacks,
+    )
+
+
+def callback(saes: Any, features: Any = NAMES, weight: float = 0.5, **settings: Any) -> SAEPenaltyCallback:
+    return SAEPenaltyCallback(saes, features, weight, sae_k=K, **settings)
+
+
+def hook_count(model: torch.nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+# --- weight 0, removal, restoring ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", PENALTIES)
+def test_weight_zero_trains_bit_for_bit_like_the_plain_trainer(saes: Path, tmp_path: Path, kind: str) -> None:
+    plain = make_trainer(tmp_path, [])
+    train(plain)
+    measured = make_trainer(tmp_path, [callback(saes, weight=0.0, penalty_kind=kind)])
+    train(measured)
+    for name, value in plain.model.state_dict().items():
+        assert torch.equal(value, measured.model.state_dict()[name]), name
+    assert [e["loss"] for e in plain.state.log_history if "loss" in e] == [
+        e["loss"] for e in measured.state.log_history if "loss" in e
+    ]
+    assert all("sae/penalty" in e for e in measured.state.log_history if "loss" in e)
+
+
+def test_positive_weight_lowers_the_penalty(saes: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, [callback(saes, weight=1.0)], num_train_epochs=6)
+    train(trainer)
+    penalties = [e["sae/penalty"] for e in trainer.state.log_history if "loss" in e]
+    assert sum(penalties[-5:]) < 0.5 * sum(penalties[:5])
+
+
+def test_training_leaves_no_hook_and_no_wrapper(saes: Path, tmp_path: Path) -> None:
+    model = tiny_model()
+    before = hook_count(model)
+    trainer = make_trainer(tmp_path, [cb := callback(saes)], model)
+    assert hook_count(model) > before
+    assert cb.attachment.is_attached
+    train(trainer)
+    assert hook_count(model) == before
+    assert "compute_loss" not in vars(trainer)
+    assert "log" not in vars(trainer)
+    assert not any("sae" in name for name in model.state_dict())
+
+
+def test_a_failing_step_leaves_no_hook(saes: Path, tmp_path: Path) -> None:
+    model = tiny_model()
+    before = hook_count(model)
+    trainer = make_trainer(tmp_path, [callback(saes)], model)
+
+    def explode(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("boom")
+
+    trainer.model.get_decoder().layers[2].mlp.forward = explode
+    with pytest.raises(RuntimeError, match="boom"):
+        train(trainer)
+    assert hook_count(model) == before
+
+
+def test_attach_as_context_manager_takes_everything_off_after_an_error(saes: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, [])
+    before = hook_count(trainer.model)
+    attached = attach(trainer, saes, NAMES, penalty_weight=0.1, sae_k=K)
+    assert attached.is_attached
+
+    def interrupted() -> None:
+        with attached:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not attached.is_attached
+    assert hook_count(trainer.model) == before
+
+
+def test_attach_gives_the_same_run_as_the_callback(saes: Path, tmp_path: Path) -> None:
+    one = make_trainer(tmp_path, [callback(saes)])
+    train(one)
+    two = make_trainer(tmp_path, [])
+    with attach(two, saes, NAMES, penalty_weight=0.5, sae_k=K):
+        train(two)
+    for name, value in one.model.state_dict().items():
+        assert torch.equal(value, two.model.state_dict()[name]), name
+
+
+def test_a_second_train_call_attaches_again(saes: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, [callback(saes)])
+    train(trainer)
+    first = len([e for e in trainer.state.log_history if "sae/penalty" in e])
+    train(trainer)
+    assert len([e for e in trainer.state.log_history if "sae/penalty" in e]) == first == 5
+
+
+def test_a_callback_added_later_attaches_at_train_begin(saes: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, [])
+    trainer.add_callback(callback(saes))
+    train(trainer)
+    assert all("sae/penalty" in e for e in trainer.state.log_history if "loss" in e)
+
+
+def test_model_init_moves_the_hooks_to_the_new_model(saes: Path, tmp_path: Path) -> None:
+    trainer = Trainer(
+        args=arguments(TrainingArguments, output_dir=str(tmp_path), remove_unused_columns=False),
+        model_init=lambda: tiny_model(),
+        train_dataset=tokenized_rows(),
+        data_collator=pad_collate,
+        callbacks=[callback(saes)],
+    )
+    train(trainer)
+    assert all("sae/penalty" in e for e in trainer.state.log_history if "loss" in e)
+    assert hook_count(trainer.model) == 0
+
+
+def test_an_unused_trainer_is_collected(saes: Path, tmp_path: Path) -> None:
+    """The attachment and its trainer refer to each other, but nothing global holds them."""
+    import weakref
+
+    trainer = make_trainer(tmp_path, [callback(saes)])
+    watch = weakref.ref(trainer)
+    del trainer
+    gc.collect()
+    assert watch() is None
+
+
+# --- evaluation and metrics ------------------------------------------------------------------------------------------
+
+
+def test_evaluation_loss_is_unchanged_and_the_penalty_is_reported(saes: Path, tmp_path: Path) -> None:
+    plain = make_trainer(tmp_path, []).evaluate()
+    measured = make_trainer(tmp_path, [callback(saes, weight=3.0)]).evaluate()
+    assert measured["eval_loss"] == plain["eval_loss"]
+    assert measured["eval_sae/penalty"] > 0
+    assert "eval_sae/L1F3/mean_pre_act" in measured
+
+
+def test_evaluation_during_training_reports_the_penalty(saes: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, [callback(saes)], eval_strategy="steps", eval_steps=2)
+    train(trainer)
+    evaluations = [e for e in trainer.state.log_history if "eval_loss" in e]
+    assert len(evaluations) >= 2
+    assert all(e["eval_sae/penalty"] > 0 for e in evaluations)
+
+
+def test_predictions_do_not_leak_into_the_next_evaluation(saes: Path, tmp_path: Path) -> None:
+    trainer = plain_trainer(Trainer, tmp_path, callback(saes))
+    alone = trainer.evaluate(tokenized_rows(4, seed=3))
+    trainer.predict(tokenized_rows(6, seed=4))
+    after = trainer.evaluate(tokenized_rows(4, seed=3))
+    assert after["eval_sae/penalty"] == alone["eval_sae/penalty"] > 0
+
+
+def test_logged_means_equal_a_direct_computation(saes: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, [callback(saes, weight=0.0)], learning_rate=0.0, logging_steps=5)
+    train(trainer)
+    logged = next(e for e in trainer.state.log_history if "loss" in e)
+    sae = torch.load(saes / "layer1.sae.pt")
+    model, values = tiny_model(), []
+    for row in trainer.train_dataset:
+        residual = model(torch.tensor([row["input_ids"]]), output_hidden_states=True).hidden_states[2][0]
+        f = (residual @ sae["W_enc"][3] + sae["b_enc"][3]).tolist()
+        values += [f[t - 1] for t in range(2, len(row["input_ids"])) if row["labels"][t] != -100]
+    assert logged["sae/L1F3/mean_pre_act"] == pytest.approx(sum(values) / len(values), abs=1e-5)
+    assert logged["sae/L1F3/firing_rate"] == pytest.approx(sum(v > 0 for v in values) / len(values))
+    hinge = sum(max(v, 0.0) for v in values) / len(values)
+    assert logged["sae/penalty"] == pytest.approx(logged["sae/L1/penalty"] + logged["sae/L2/penalty"])
+    assert logged["sae/L1/penalty"] == pytest.approx(hinge, abs=1e-5)
+
+
+def test_monitors_are_measured_and_never_penalised(saes: Path, tmp_path: Path) -> None:
+    without = make_trainer(tmp_path, [callback(saes)])
+    train(without)
+    monitored = make_trainer(tmp_path, [callback(saes, monitor_features=["L2F9", "L3F1"])])
+    train(monitored)
+    for name, value in without.model.state_dict().items():
+        assert torch.equal(value, monitored.model.state_dict()[name]), name
+    logged = [e for e in monitored.state.log_history if "loss" in e]
+    assert all({"sae/monitor/L2F9/mean_pre_act", "sae/monitor/L3F1/firing_rate"} <= e.keys() for e in logged)
+
+
+# --- schedule and state ----------------------------------------------------------------------------------------------
+
+
+def test_schedule_is_logged_and_reaches_its_ends(saes: Path, tmp_path: Path) -> None:
+    cb = callback(saes, weight=1.0, penalty_schedule="warmup", penalty_schedule_steps=4)
+    trainer = make_trainer(tmp_path, [cb])
+    train(trainer)
+    assert [e["sae/penalty_weight"] for e in trainer.state.log_history if "loss" in e] == [0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("logging_steps", [1, 2])
+def test_resumed_run_equals_uninterrupted_run(saes: Path, tmp_path: Path, logging_steps: int) -> None:
+    settings: dict[str, Any] = {
+        "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 3, "logging_steps": logging_steps,
+    }  # fmt: skip
+    penalty = {"weight": 1.0, "penalty_schedule": "decay", "penalty_schedule_steps": 8}
+    whole = make_trainer(tmp_path / "whole", [callback(saes, **penalty)], **settings)
+    train(whole)
+    resumed = make_trainer(tmp_path / "whole", [callback(saes, **penalty)], **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    keys = ["sae/penalty_weight", "sae/penalty", "sae/L1F3/mean_pre_act"]
+    histories = [
+        [[e[key] for key in keys] for e in trainer.state.log_history if "loss" in e] for trainer in (whole, resumed)
+    ]
+    assert histories[0] == [pytest.approx(entry) for entry in histories[1]]
+
+
+def test_resuming_with_other_settings_warns(saes: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3}
+    train(make_trainer(tmp_path, [callback(saes)], **settings))
+    resumed = make_trainer(tmp_path, [callback(saes, weight=0.25)], **settings)
+    with pytest.warns(QScopeWarning, match=r"`penalty_weight=0.5`, this run says 0.25"):
+        resumed.train(resume_from_checkpoint=True)
+
+
+# --- groups ----------------------------------------------------------------------------------------------------------
+
+
+def grouped(**changes: Any) -> FeatureSet:
+    thresholds = {"en": -0.3, "de": 0.2}
+    return FeatureSet(features=(Feature(layer=1, index=3, threshold=0.05, group_thresholds=thresholds),), **changes)
+
+
+def group_of(ids: list[int]) -> str:
+    return ("en", "de", "zh")[ids[0] % 3]
+
+
+def expected_group_penalty(saes: Path, rows: Any, thresholds: dict[str, float | None]) -> float:
+    sae, model = torch.load(saes / "layer1.sae.pt"), tiny_model()
+    total, count = 0.0, 0
+    for row in rows:
+        threshold = thresholds[group_of(row["input_ids"])]
+        if threshold is None:
+            continue
+        residual = model(torch.tensor([row["input_ids"]]), output_hidden_states=True).hidden_states[2][0]
+        f = (residual @ sae["W_enc"][3] + sae["b_enc"][3]).tolist()
+        hinge = [max(f[t - 1] - threshold, 0.0) for t in range(2, len(f)) if row["labels"][t] != -100]
+        total, count = total + sum(hinge), count + len(hinge)
+    return total / count
+
+
+@pytest.mark.parametrize("by", ["group_fn", "padding-free", "column"])
+def test_groups_choose_thresholds_and_the_target_is_exempt(saes: Path, tmp_path: Path, by: str) -> None:
+    features = grouped(target_group="zh")
+    settings: dict[str, Any] = {"learning_rate": 0.0, "logging_steps": 5}
+    if by == "padding-free":
+        settings.update(padding_free=True, max_length=None)
+    fn = None if by == "column" else group_of
+    cb = callback(saes, features, group_fn=fn)
+    if by == "column":
+        rows = [{**row, "language": group_of(row["input_ids"])} for row in tokenized_rows()]
+        trainer: Any = Trainer(
+            tiny_model(),
+            args=arguments(TrainingArguments, output_dir=str(tmp_path), remove_unused_columns=False, **settings),
+            train_dataset=Dataset.from_list(rows),
+            data_collator=GroupCollator(pad_collate, "language"),
+            callbacks=[cb],
+        )
+    else:
+        trainer = make_trainer(tmp_path, [cb], **settings)
+    train(trainer)
+    logged = next(e for e in trainer.state.log_history if "loss" in e)
+    wanted = expected_group_penalty(saes, trainer.train_dataset, {"en": -0.3, "de": 0.2, "zh": None})
+    assert logged["sae/penalty"] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_group_column_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no column `language`; it has `input_ids`, `labels`"):
+        GroupCollator(pad_collate, "language")([{"input_ids": [1], "labels": [1]}])
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_setting_is_refused_with_a_suggestion(saes: Path) -> None:
+    with pytest.raises(ConfigError, match=r"Unknown setting `penalty_kid`. Did you mean `penalty_kind`"):
+        callback(saes, penalty_kid="topk_act")
+
+
+@pytest.mark.parametrize("weight", [-1.0, math.nan])
+def test_negative_or_nan_weight_is_refused(saes: Path, weight: float) -> None:
+    with pytest.raises(ConfigError, match=r"`penalty_weight` is .*finite number from 0"):
+        callback(saes, weight=weight)
+
+
+def test_missing_layer_in_the_saes_is_refused(tmp_path: Path) -> None:
+    folder = write_saes(tmp_path / "saes", [0, 1])
+    with pytest.raises(CheckpointError, match=r"No SAE for layer 2"):
+        make_trainer(tmp_path, [callback(folder)])
+
+
+def test_layer_beyond_the_model_is_refused(tmp_path: Path) -> None:
+    folder = write_saes(tmp_path / "saes", [1, 9])
+    with pytest.raises(FeatureSetError, match=r"L9F3 is out of range: the model has 4 decoder layers"):
+        make_trainer(tmp_path, [callback(folder, ["L9F3"])])
+
+
+def test_wrong_width_is_refused_and_nothing_is_attached(tmp_path: Path) -> None:
+    folder = write_saes(tmp_path / "saes", d_model=D_MODEL * 2)
+    model = tiny_model()
+    with pytest.raises(AttachError, match=r"width 64, but `Qwen3ForCausalLM` has `hidden_size=32`"):
+        make_trainer(tmp_path, [callback(folder)], model)
+    assert hook_count(model) == 0
+
+
+def test_feature_index_beyond_the_sae_is_refused(saes: Path, tmp_path: Path) -> None:
+    with pytest.raises(FeatureSetError, match=rf"L1F{D_SAE} is out of range: the SAE has `d_sae={D_SAE}`"):
+        make_trainer(tmp_path, [callback(saes, [f"L1F{D_SAE}"])])
+
+
+def test_feature_set_of_another_model_is_refused(saes: Path, tmp_path: Path) -> None:
+    features = FeatureSet.from_names(NAMES, model="other/model", sae="other/sae", d_model=4096)
+    with pytest.raises(FeatureSetError, match=r"made for `d_model=4096` \(model 'other/model'"):
+        make_trainer(tmp_path, [callback(saes, features)])
+
+
+def test_feature_set_of_another_sae_of_the_same_shape_is_refused(saes: Path, tmp_path: Path) -> None:
+    suite = SAESuite.from_pretrained(saes, k=K)
+    prints = {1: suite.fingerprint(1), 2: suite.fingerprint(3)}
+    features = FeatureSet.from_names(NAMES, sae="mine", sae_fingerprints=prints)
+    with pytest.raises(FeatureSetError, match=r"SAE of layer 2 .* is not the one this FeatureSet was made with"):
+        make_trainer(tmp_path, [callback(saes, features)])
+
+
+def test_lora_only_above_the_layer_is_refused(saes: Path, tmp_path: Path) -> None:
+    model = lora(tiny_model(), layers_to_transform=[3])
+    with pytest.raises(AttachError, match=r"No trainable parameter lies at or below layer 1"):
+        make_trainer(tmp_path, [callback(saes)], model)
+    make_trainer(tmp_path, [callback(saes, weight=0.0)], model)  # measuring is fine
+    make_trainer(tmp_path, [callback(saes, ["L3F1"])], model)  # so is a layer that LoRA reaches
+
+
+def test_model_without_decoder_layers_is_refused(saes: Path, tmp_path: Path) -> None:
+    trainer = SimpleNamespace(
+        model=torch.nn.Linear(2, 2), args=SimpleNamespace(n_gpu=1), compute_loss=print, accelerator=None
+    )
+    with pytest.raises(ModelStructureError, match=r"`Linear` has no transformers `config`"):
+        callback(saes).attach(trainer)
+
+
+def test_data_parallel_is_refused(saes: Path, tmp_path: Path) -> None:
+    trainer = SimpleNamespace(model=tiny_model(), args=SimpleNamespace(n_gpu=2), compute_loss=print)
+    with pytest.raises(AttachError, match=r"DataParallel over 2 GPUs"):
+        callback(saes).attach(trainer)
+
+
+def test_sequence_parallelism_is_refused(saes: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, [])
+    trainer.accelerator = SimpleNamespace(
+        parallelism_config=SimpleNamespace(sp_enabled=True, sp_backend="deepspeed", cp_enabled=False)
+    )
+    with pytest.raises(AttachError, match=r"splits sequences over processes"):
+        callback(saes).attach(trainer)
+
+
+def test_trainer_without_compute_loss_is_refused(saes: Path) -> None:
+    trainer = SimpleNamespace(model=tiny_model(), args=SimpleNamespace(n_gpu=1))
+    with pytest.raises(AttachError, match=r"has no `compute_loss`"):
+        callback(saes).attach(trainer)
+
+
+class BypassingTrainer(Trainer):
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        loss = model(**self._prepare_inputs(inputs)).loss
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+def plain_trainer(kind: type[Trainer], tmp_path: Path, cb: TrainerCallback, model: Any = None) -> Trainer:
+    return kind(
+        tiny_model() if model is None else model,
+        args=arguments(TrainingArguments, output_dir=str(tmp_path), remove_unused_columns=False),
+        train_dataset=tokenized_rows(),
+        data_collator=pad_collate,
+        callbacks=[cb],
+    )
+
+
+def test_trainer_that_bypasses_compute_loss_is_caught(saes: Path, tmp_path: Path) -> None:
+    trainer = plain_trainer(BypassingTrainer, tmp_path, callback(saes))
+    with pytest.raises(PenaltySelfCheckError, match=r"`BypassingTrainer` .* without calling `compute_loss`"):
+        train(trainer)
+    assert hook_count(trainer.model) == 0
+
+
+class NoGradTrainer(Trainer):
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            model(**inputs)
+        return self.model.lm_head.weight.sum()
+
+
+def test_step_without_a_gradient_capture_is_caught(saes: Path, tmp_path: Path) -> None:
+    with pytest.raises(PenaltySelfCheckError, match=r"ran the model without gradients only"):
+        train(plain_trainer(NoGradTrainer, tmp_path, callback(saes)))
+
+
+class SkippingTrainer(Trainer):
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        return self.model.lm_head(self.model.get_input_embeddings()(inputs["input_ids"])).mean()
+
+
+def test_step_without_any_capture_is_caught(saes: Path, tmp_path: Path) -> None:
+    with pytest.raises(PenaltySelfCheckError, match=r"without a residual of layers \[1, 2\]: the hooks did not fire"):
+        train(plain_trainer(SkippingTrainer, tmp_path, callback(saes)))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_model_compiled_before_attaching_is_caught(saes: Path, tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(tiny_model(), backend="eager")
+    train(plain_trainer(Trainer, tmp_path, TrainerCallback(), compiled))
+    with pytest.raises(PenaltySelfCheckError, match=r"compiled before the penalty was attached"):
+        train(plain_trainer(Trainer, tmp_path, callback(saes), compiled))
+    torch._dynamo.reset()
+
+
+def test_batch_without_trained_tokens_asks_for_all(saes: Path, tmp_path: Path) -> None:
+    class Unlabelled(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.mean()
+
+    trainer = plain_trainer(Unlabelled, tmp_path, callback(saes))
+    trainer.data_collator = lambda rows: {k: v for k, v in pad_collate(rows).items() if k != "labels"}
+    with pytest.raises(DataError, match=r"`penalty_tokens='labels'` has no meaning here. Set `penalty_tokens='all'`"):
+        train(trainer)
+    trainer = plain_trainer(Unlabelled, tmp_path, callback(saes, penalty_tokens="all"))
+    train(trainer)
+    assert all(e["sae/penalty"] > 0 for e in trainer.state.log_history if "loss" in e)
+
+
+def test_callback_outside_any_trainer_names_attach(saes: Path) -> None:
+    with pytest.raises(AttachError, match=r"Call `callback.attach\(trainer\)`"):
+        callback(saes).on_train_begin(SimpleNamespace(), SimpleNamespace(global_step=0), SimpleNamespace())
