@@ -1,0 +1,98 @@
+"""`qscope ...`: parse, call, show. What a command does is in the module it calls.
+
+Nothing heavy is imported before a command needs it, so `qscope --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from qscope_trl._version import __version__
+from qscope_trl.errors import ConfigError, QScopeError
+
+_ABOUT = {
+    "sft": "fine-tune with a feature penalty, from one YAML file and flags",
+    "find": "find the features of a behaviour by contrast, and write them to a file",
+    "demo": "the whole job on a small bundled model: find, fine-tune, compare",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Command line without the program's name; by default the process's own.
+
+    Returns:
+        Exit code: 0, or 2 after an error that is the user's to mend. `QSCOPE_TRL_DEBUG=1` shows its traceback.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(argv)
+    except QScopeError as err:
+        if os.environ.get("QSCOPE_TRL_DEBUG") == "1":
+            raise
+        sys.stderr.write(f"error: {' '.join(str(err).split())}\n")
+        return 2
+
+
+def _dispatch(argv: list[str]) -> int:
+    from qscope_trl.parsing import refuse_unknown_flags, suggestion
+
+    parser = argparse.ArgumentParser(
+        prog="qscope",
+        description="Fine-tune language models with sparse autoencoders.",
+        epilog="commands:\n" + "\n".join(f"  {name:6}{about}" for name, about in _ABOUT.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"qscope_trl {__version__}")
+    parser.add_argument("command", help=f"one of {', '.join(_ABOUT)}; `qscope COMMAND --help` says more")
+    if not argv:
+        parser.print_help()
+        return 2
+    name = argv[0]
+    if name.startswith("-"):
+        refuse_unknown_flags(argv[:1], parser._option_string_actions)
+        parser.parse_args(argv[:1])
+    commands: dict[str, Callable[[list[str]], int]] = {"sft": _sft, "find": _find, "demo": _demo}
+    if name not in commands:
+        raise ConfigError(f"Unknown command `{name}`.{suggestion(name, commands)}")
+    return commands[name](argv[1:])
+
+
+def _sft(argv: list[str]) -> int:
+    from qscope_trl.training import sft
+
+    result = sft.run(sft.parse(argv))
+    if result.is_main_process:
+        sys.stdout.write(f"Model saved to {result.output_dir}\n")
+    return 0
+
+
+def _find(argv: list[str]) -> int:
+    from qscope_trl.config import FindConfig
+    from qscope_trl.parsing import add_flags, refuse, refuse_unknown_flags
+
+    parser = argparse.ArgumentParser(
+        prog="qscope find", description="Find the features of a behaviour by contrast.", allow_abbrev=False
+    )
+    add_flags(parser, FindConfig)
+    refuse_unknown_flags(argv, parser._option_string_actions)
+    parser.error = refuse  # type: ignore[method-assign]
+    config = FindConfig(**vars(parser.parse_args(argv)))
+
+    from qscope_trl.analysis import discovery
+
+    found = discovery.run(config)
+    sys.stdout.write(discovery.format_table(found))
+    sys.stdout.write(f"{len(found)} features of `{found.target_group}` written to {config.output}\n")
+    return 0
+
+
+def _demo(argv: list[str]) -> int:
+    from qscope_trl.demo.run import main as demo
+
+    return demo(argv)

@@ -1,0 +1,334 @@
+"""Every user-facing setting, as frozen keyword-only dataclasses.
+
+Settings of a training run are parsed together with TRL's and transformers' own argument classes into one flat set of
+keys, so each name carries a prefix of ours (`sae_`, `penalty_`, `monitor_`, `data_`). `FindConfig` has a command line
+of its own and needs none. Help text lives in the field metadata and nowhere else. This module imports neither torch
+nor transformers; how YAML and flags become these objects is in `qscope_trl.parsing`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from qscope_trl.errors import ConfigError
+
+PENALTY_KINDS = ("preact_hinge", "topk_act")
+PENALTY_TOKENS = ("labels", "completion", "all")
+PENALTY_SCHEDULES = ("constant", "warmup", "decay", "warmup_decay")
+RANK_BY = ("mean_difference", "delta", "auroc", "monolinguality")
+POSITIONS = ("all", "last")
+SELECT = ("layer", "overall")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+PREFIXES = ("sae_", "penalty_", "monitor_", "data_", "reward_", "steer_")
+"""Every field that shares a command line with TRL's begins with one of these."""
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"`{name}` is {value!r}; choose one of {', '.join(allowed)}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PenaltyConfig:
+    """What the penalty measures, on which tokens, and how strongly it joins the loss.
+
+    The total added to the loss of an optimizer step is `weight(step) * sum over layers of mean over masked tokens of
+    sum over features`, where the mean runs over the tokens of the whole step, as the trainer averages its own loss.
+    """
+
+    _argument_group_name = "the penalty"
+
+    penalty_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Factor of the penalty in the loss. 0 measures only and leaves training unchanged bit for bit. "
+            "SASFT (arXiv:2507.14894) used 5e-4 to 1e-3 times 32 accumulation steps; here nothing multiplies it."
+        },
+    )
+    penalty_kind: str = field(
+        default="preact_hinge",
+        metadata={
+            "help": "`preact_hinge`: relu(pre-activation - threshold), needs only the chosen rows of the encoder. "
+            "`topk_act`: the activation after TopK and ReLU, needs the whole encoder.",
+            "choices": list(PENALTY_KINDS),
+        },
+    )
+    penalty_tokens: str = field(
+        default="labels",
+        metadata={
+            "help": "Tokens that are penalised: `labels` (trained positions), `completion` (the trainer's completion "
+            "mask), or `all` (every token that is not padding).",
+            "choices": list(PENALTY_TOKENS),
+        },
+    )
+    penalty_shift: bool = field(
+        default=True,
+        metadata={
+            "help": "Penalise the position that predicts a trained token (true), or the position of the trained token "
+            "itself, as SASFT's released code does (false)."
+        },
+    )
+    penalty_skip_first: bool = field(
+        default=True,
+        metadata={
+            "help": "Leave out position 0 of every sequence. Its residual is an attention sink whose norm the SAEs "
+            "were not trained on."
+        },
+    )
+    penalty_schedule: str = field(
+        default="constant",
+        metadata={
+            "help": "Course of the weight over optimizer steps: `constant`; `warmup` (linear from 0); `decay` (linear "
+            "to 0); `warmup_decay` (up, then down to 0 at the end of training).",
+            "choices": list(PENALTY_SCHEDULES),
+        },
+    )
+    penalty_schedule_steps: float = field(
+        default=0.1,
+        metadata={
+            "help": "Length of the warm-up or decay: optimizer steps if 1 or more, else a share of all steps. `decay` "
+            "counts from the end of training, `warmup_decay` uses it for the warm-up."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        _one_of("penalty_kind", self.penalty_kind, PENALTY_KINDS)
+        _one_of("penalty_tokens", self.penalty_tokens, PENALTY_TOKENS)
+        _one_of("penalty_schedule", self.penalty_schedule, PENALTY_SCHEDULES)
+        if not math.isfinite(self.penalty_weight) or self.penalty_weight < 0:
+            raise ConfigError(
+                f"`penalty_weight` is {self.penalty_weight!r}; it is a finite number from 0. A negative weight would "
+                f"reward the features."
+            )
+        if not math.isfinite(self.penalty_schedule_steps) or self.penalty_schedule_steps <= 0:
+            raise ConfigError(
+                f"`penalty_schedule_steps` is {self.penalty_schedule_steps!r}; give steps (1 or more) or a share of "
+                f"all steps (between 0 and 1)."
+            )
+
+    @classmethod
+    def from_settings(cls, config: PenaltyConfig | None = None, **settings: Any) -> PenaltyConfig:
+        """A configuration, or the default one, with some fields replaced.
+
+        Raises:
+            ConfigError: If a setting is unknown; the nearest known name is suggested.
+        """
+        known = [item.name for item in fields(cls)]
+        for name in settings:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"Did you mean `{close[0]}`?" if close else f"Known: {', '.join(known)}."
+                raise ConfigError(f"Unknown setting `{name}`. {hint}")
+        return replace(config or cls(), **settings)
+
+    def weight_at(self, step: int, max_steps: int) -> float:
+        """Weight of the penalty at an optimizer step.
+
+        Args:
+            step: Optimizer steps done so far, from 0.
+            max_steps: Optimizer steps of the whole run.
+
+        Returns:
+            `penalty_weight` times the schedule's factor in [0, 1].
+        """
+        length = self.penalty_schedule_steps
+        span = max(1.0, length if length >= 1 else length * max_steps)
+        if self.penalty_schedule == "constant":
+            factor = 1.0
+        elif self.penalty_schedule == "warmup":
+            factor = min(1.0, (step + 1) / span)
+        elif self.penalty_schedule == "decay":
+            factor = min(1.0, max(0.0, (max_steps - step) / span))
+        else:
+            down = max(1.0, max_steps - span)
+            factor = min(1.0, (step + 1) / span, max(0.0, (max_steps - step) / down))
+        return self.penalty_weight * factor
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAEConfig:
+    """Which SAEs and which of their features a run uses."""
+
+    _argument_group_name = "the SAEs and the features"
+
+    sae_path: str | None = field(
+        default=None,
+        metadata={"help": "SAEs of the model: Hub id, folder or single file. Required."},
+    )
+    sae_revision: str | None = field(
+        default=None, metadata={"help": "Commit, tag or branch of the SAE's Hub repository."}
+    )
+    sae_k: int | None = field(
+        default=None,
+        metadata={"help": "Active features per token, where neither the SAE's name nor its configuration says."},
+    )
+    sae_features: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Features to penalise: a file that `qscope find` wrote, or names such as L12F345. Required."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.sae_k is not None and self.sae_k < 1:
+            raise ConfigError(f"`sae_k` is {self.sae_k}; it is the number of active features per token, 1 or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonitorConfig:
+    """What is measured and never trained on."""
+
+    _argument_group_name = "monitors"
+
+    monitor_features: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Features to log beside the penalised ones, never penalised: a feature file or names such as "
+            "L12F345. The same SAEs are used."
+        },
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What `trl.ScriptArguments` does not say about the data."""
+
+    _argument_group_name = "more about the data"
+
+    data_eval_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Local evaluation file (JSON, JSONL, Parquet, CSV, also .gz) or folder. Without it, evaluation "
+            "uses the split `dataset_test_split` of the training data."
+        },
+    )
+    penalty_group_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dataset column that names each sample's group, for example its language. Groups choose the "
+            "features' thresholds, and the FeatureSet's target group is exempt from the penalty. Not with packing."
+        },
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FindConfig:
+    """Settings of `qscope find`."""
+
+    model: str = field(metadata={"help": "Model to encode with: Hub id or folder. Use the model before fine-tuning."})
+    saes: str = field(metadata={"help": "SAEs of that model: Hub id, folder or single file."})
+    layers: str = field(
+        metadata={"help": "Layers to search, from 0: `26,27`, `20-27`, or `all`. Each keeps its encoder in memory."}
+    )
+    output: str = field(metadata={"help": "File to write, .yaml or .json."})
+    positive: str | None = field(
+        default=None,
+        metadata={"help": "Texts that show the behaviour: .jsonl, .json, .parquet or .txt (one a line), also .gz."},
+    )
+    negative: str | None = field(default=None, metadata={"help": "Texts that do not show it."})
+    group: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Instead of positive and negative: `name=file`, repeated, one per group."},
+    )
+    data: str | None = field(
+        default=None, metadata={"help": "Instead: one file with all groups, told apart by the group column."}
+    )
+    group_column: str | None = field(default=None, metadata={"help": "Column of `--data` that names the group."})
+    target: str | None = field(
+        default=None,
+        metadata={"help": "Group the features stand for. Needed with `--group` and `--data`; else the positive one."},
+    )
+    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    top: int = field(default=10, metadata={"help": "Features to choose."})
+    select: str = field(
+        default="layer",
+        metadata={"help": "Choose `--top` features in each `layer`, or `overall`.", "choices": list(SELECT)},
+    )
+    rank_by: str = field(
+        default="mean_difference",
+        metadata={
+            "help": "Score that ranks the features. `mean_difference`: mean activation, target minus all others. "
+            "`delta`: share of texts where it fires, target minus others. `monolinguality`: as the first, every "
+            "other group counting alike. `auroc`: of the largest activation per text, among a shortlist.",
+            "choices": list(RANK_BY),
+        },
+    )
+    positions: str = field(
+        default="all",
+        metadata={
+            "help": "Tokens to look at: `all`, or the `last` of each text (texts that end just before a decision).",
+            "choices": list(POSITIONS),
+        },
+    )
+    max_length: int = field(
+        default=512,
+        metadata={"help": "Tokens kept of each text: its first ones, or with `--positions last` its last."},
+    )
+    max_tokens: int | None = field(
+        default=None, metadata={"help": "Stop taking texts of a group at this many tokens."}
+    )
+    batch_size: int = field(default=8, metadata={"help": "Texts in one forward."})
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "Dtype of the model; `auto` is the checkpoint's.", "choices": list(DTYPES)},
+    )
+    device: str | None = field(default=None, metadata={"help": "Device, such as `cuda:0`. Default: a GPU if any."})
+    holdout: float = field(
+        default=0.2,
+        metadata={"help": "Share of each group's texts kept out of the choice, for the `heldout_` evidence; 0: none."},
+    )
+    seed: int = field(default=0, metadata={"help": "Decides which texts are held out."})
+    sae_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the SAEs."})
+    sae_k: int | None = field(default=None, metadata={"help": "Active features per token, if the SAE does not say."})
+    model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the model."})
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("rank_by", RANK_BY),
+            ("positions", POSITIONS),
+            ("select", SELECT),
+            ("dtype", DTYPES),
+        ):
+            _one_of(name, getattr(self, name), allowed)
+        for name, least in (("top", 1), ("max_length", 2), ("max_tokens", 1), ("batch_size", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"`{name}` is {value}; it is {least} or more.")
+        if not 0 <= self.holdout < 1:
+            raise ConfigError(f"`holdout` is {self.holdout!r}; it is a share from 0 up to, not including, 1.")
+        ways = [bool(self.positive or self.negative), bool(self.group), bool(self.data)]
+        if sum(ways) != 1 or bool(self.positive) is not bool(self.negative):
+            raise ConfigError(
+                "Give the texts in exactly one way: `--positive FILE --negative FILE`, or `--group NAME=FILE` at "
+                "least twice, or `--data FILE --group-column COLUMN`."
+            )
+        if bool(self.data) is not bool(self.group_column):
+            raise ConfigError("`--data` and `--group-column` come together; got one of them.")
+        if not self.positive and not self.target:
+            raise ConfigError("`--target` is missing: name the group that the features should stand for.")
+
+    def layer_list(self, available: tuple[int, ...]) -> tuple[int, ...]:
+        """The layers that `layers` names, ascending.
+
+        Args:
+            available: Layers there are, for `all`.
+
+        Raises:
+            ConfigError: If `layers` is not of the documented form.
+        """
+        if self.layers.strip() == "all":
+            return available
+        chosen: set[int] = set()
+        for part in self.layers.split(","):
+            match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+            if match is None:
+                raise ConfigError(f"`layers` is {self.layers!r}; write it as `26,27`, `20-27` or `all`.")
+            chosen.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+        if not chosen:
+            raise ConfigError(f"`layers` is {self.layers!r}, which names no layer; ranges run upwards, as in `20-27`.")
+        return tuple(sorted(chosen))

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+from qscope_trl.analysis import evidence
+from qscope_trl.analysis.evidence import GroupSums, active_features, auroc
+from qscope_trl.ops import reference
+from qscope_trl.sae.topk_sae import TopKSAE
+from tests.tiny import D_MODEL, D_SAE, K, random_sae
+
+
+def make_sae(activation: str) -> TopKSAE:
+    weights = random_sae(5)
+    extra = {"k": K} if activation == "topk" else {}
+    if activation == "jumprelu":
+        extra["jump"] = torch.full((D_SAE,), 0.3)
+    return TopKSAE(W_enc=weights["W_enc"], b_enc=weights["b_enc"], activation=activation, **extra)
+
+
+def tokens(count: int = 50) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(count, D_MODEL, generator=generator)
+    return x, torch.arange(count) // 7
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_auroc_equals_sklearn_and_the_count_of_pairs(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    # Few different values, so that ties are common.
+    positive = torch.randint(0, 6, (23,), generator=generator).double()
+    negative = torch.randint(0, 5, (31,), generator=generator).double()
+    pairs = positive[:, None] - negative[None, :]
+    counted = float(((pairs > 0).double() + 0.5 * (pairs == 0)).mean())
+    truth = [1] * 23 + [0] * 31
+    assert auroc(positive, negative) == pytest.approx(counted, abs=1e-15)
+    assert auroc(positive, negative) == pytest.approx(roc_auc_score(truth, torch.cat([positive, negative])), abs=1e-12)
+
+
+def test_auroc_of_silent_features_is_one_half() -> None:
+    assert auroc(torch.zeros(4), torch.zeros(9)) == 0.5
+
+
+@pytest.mark.parametrize("activation", ["topk", "relu", "jumprelu"])
+@pytest.mark.parametrize("chunk_tokens", [1000, 3])
+def test_sums_equal_the_dense_ones_in_any_chunking(
+    activation: str, chunk_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "_CHUNK_ELEMENTS", chunk_tokens * D_SAE)
+    sae, (x, text) = make_sae(activation), tokens()
+    sums = GroupSums(sae)
+    # Texts 0-2, then 3-7: all tokens of a text come in one batch.
+    for rows in (text < 3, text >= 3):
+        sums.update(x[rows], text[rows])
+    dense = sae.feature_acts(x).double()
+    per_text = torch.stack([dense[text == t].amax(0) for t in text.unique()])
+    torch.testing.assert_close(sums.act_sum, dense.sum(0), rtol=1e-12, atol=1e-12)
+    assert torch.equal(sums.token_count, (dense > 0).sum(0))
+    assert torch.equal(sums.text_count, (per_text > 0).sum(0))
+    assert (sums.num_tokens, sums.num_texts) == (50, 8)
+    chosen = torch.tensor([3, 90])
+    wanted = sae.pre_acts(x.double())[:, chosen].double().mean(0)
+    torch.testing.assert_close(sums.mean_pre_act(chosen), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_no_chunk_holds_more_tokens_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "_CHUNK_ELEMENTS", 4 * D_SAE)
+    seen: list[int] = []
+    original = reference.pre_activations
+
+    def spy(x, W, b):
+        if W.shape[0] == D_SAE:
+            seen.append(x.shape[0])
+        return original(x, W, b)
+
+    monkeypatch.setattr(reference, "pre_activations", spy)
+    monkeypatch.setattr("qscope_trl.sae.topk_sae.pre_activations", spy)
+    for activation in ("topk", "relu"):
+        list(active_features(make_sae(activation), tokens()[0]))
+    assert sum(seen) == 100
+    assert max(seen) == 4
+
+
+def test_text_figures_equal_the_dense_ones() -> None:
+    sae, (x, text) = make_sae("topk"), tokens()
+    chosen = torch.tensor([100, 7, 31])
+    figures = evidence.TextFigures(sae, chosen, 9)
+    for rows in (text < 3, text >= 3):
+        figures.update(x[rows], text[rows])
+    dense, pre = sae.feature_acts(x).double()[:, chosen], sae.pre_acts(x).double()[:, chosen]
+    for t in range(8):
+        torch.testing.assert_close(figures.act_sum_XS[t], dense[text == t].sum(0), rtol=1e-12, atol=0)
+        assert torch.equal(figures.act_max_XS[t], dense[text == t].amax(0))
+        # Three rows of the product are rounded in another order than all of them.
+        torch.testing.assert_close(figures.pre_act_max_XS[t], pre[text == t].amax(0), rtol=1e-5, atol=1e-6)
+    assert figures.tokens_X.tolist() == [7] * 7 + [1, 0]
