@@ -1,6 +1,29 @@
 """Settings every test runs under."""
 
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+
+import pytest
 import torch
 
 # The models are tiny: a second thread costs more in waiting than it saves, several times over on a busy machine.
 torch.set_num_threads(1)
+
+# TRL 0.24 warns of each trainer that was to move; which ones did is the version's business.
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate_state() -> Iterator[None]:
+    """Trainers keep precision and device for the whole process, by accelerate's state and by environment variables."""
+    before = dict(os.environ)
+    yield
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_") and name not in before]:
+        del os.environ[name]
+    if "accelerate.state" in sys.modules:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)

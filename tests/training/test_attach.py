@@ -63,6 +63,11 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
+def is_trained(row: dict[str, list[int]], position: int) -> bool:
+    """Prepared SFT rows carry labels, or in older TRL a completion mask."""
+    return row["labels"][position] != -100 if "labels" in row else bool(row["completion_mask"][position])
+
+
 # --- weight 0, removal, restoring ------------------------------------------------------------------------------------
 
 
@@ -215,7 +220,7 @@ def test_logged_means_equal_a_direct_computation(saes: Path, tmp_path: Path) -> 
     for row in trainer.train_dataset:
         residual = model(torch.tensor([row["input_ids"]]), output_hidden_states=True).hidden_states[2][0]
         f = (residual @ sae["W_enc"][3] + sae["b_enc"][3]).tolist()
-        values += [f[t - 1] for t in range(2, len(row["input_ids"])) if row["labels"][t] != -100]
+        values += [f[t - 1] for t in range(2, len(row["input_ids"])) if is_trained(row, t)]
     assert logged["sae/L1F3/mean_pre_act"] == pytest.approx(sum(values) / len(values), abs=1e-5)
     assert logged["sae/L1F3/firing_rate"] == pytest.approx(sum(v > 0 for v in values) / len(values))
     hinge = sum(max(v, 0.0) for v in values) / len(values)
@@ -292,7 +297,7 @@ def expected_group_penalty(saes: Path, rows: Any, thresholds: dict[str, float | 
             continue
         residual = model(torch.tensor([row["input_ids"]]), output_hidden_states=True).hidden_states[2][0]
         f = (residual @ sae["W_enc"][3] + sae["b_enc"][3]).tolist()
-        hinge = [max(f[t - 1] - threshold, 0.0) for t in range(2, len(f)) if row["labels"][t] != -100]
+        hinge = [max(f[t - 1] - threshold, 0.0) for t in range(2, len(f)) if is_trained(row, t)]
         total, count = total + sum(hinge), count + len(hinge)
     return total / count
 

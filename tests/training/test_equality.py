@@ -66,6 +66,7 @@ def lora(model: Any, **changes: Any) -> Any:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at the start, which would leave lora_A without gradient
             torch.nn.init.normal_(parameter, std=0.1)
+    model.enable_input_require_grads()  # reentrant checkpointing needs it, and older trainers leave it to the user
     return model
 
 
