@@ -138,7 +138,7 @@ def main() -> None:
         folder = Path(name)
         seconds = measure_time(options.rounds, folder)
         peaks: dict[str, list[float]] = {v: [] for v in VARIANTS}
-        for _ in range(3):
+        for _ in range(2):
             for variant in VARIANTS:
                 command = [sys.executable, __file__, "--memory-of", variant, "--folder", name]
                 text = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ).stderr

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import set_seed
 from trl import SFTConfig, SFTTrainer
 
@@ -115,29 +116,13 @@ def run_arm(
     kind = TokenPenaltyTrainer if arm == "token" else SFTTrainer
     trainer = kind(
         model,
-        args=SFTConfig(
-            output_dir=str(folder),
-            max_steps=recipe.steps,
-            per_device_train_batch_size=recipe.batch_size,
-            per_device_eval_batch_size=32,
-            learning_rate=recipe.learning_rate,
-            lr_scheduler_type="linear",
-            warmup_steps=max(1, recipe.steps // 10),
-            weight_decay=0.0,
-            max_length=recipe.max_length,
-            logging_steps=max(1, recipe.steps // 10),
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-            bf16=False,
-            seed=seed,
-        ),
+        args=_arguments(recipe, seed, folder),
         train_dataset=Dataset.from_list(assets.rows("sft_train")),
         eval_dataset=Dataset.from_list(assets.rows("sft_validation")),
         processing_class=tokenizer,
         callbacks=[timer, *callbacks],
     )
+    trainer.remove_callback(PrinterCallback)
     if arm == "token":
         trainer.token_weight, trainer.unwanted_V = recipe.token_weight, unwanted_tokens(tokenizer)
     if arm != "base":
@@ -159,6 +144,31 @@ def run_arm(
         "penalty_curve": [e["sae/penalty"] for e in trainer.state.log_history if "sae/penalty" in e],
         "samples": texts[:8],
     }
+
+
+def _arguments(recipe: Recipe, seed: int, folder: Path) -> SFTConfig:
+    with warnings.catch_warnings():
+        # transformers 5.23 renamed `gradient_checkpointing`; the old name works on every version supported.
+        warnings.simplefilter("ignore", FutureWarning)
+        return SFTConfig(
+            output_dir=str(folder),
+            max_steps=recipe.steps,
+            per_device_train_batch_size=recipe.batch_size,
+            per_device_eval_batch_size=32,
+            learning_rate=recipe.learning_rate,
+            lr_scheduler_type="linear",
+            warmup_steps=max(1, recipe.steps // 10),
+            weight_decay=0.0,
+            max_length=recipe.max_length,
+            gradient_checkpointing=False,
+            logging_steps=max(1, recipe.steps // 10),
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            bf16=False,
+            seed=seed,
+        )
 
 
 @torch.no_grad()

@@ -27,17 +27,17 @@ class Recipe:
     """
 
     layers: tuple[int, ...] = (4, 5)
-    top: int = 10
+    top: int = 5
     rank_by: str = "mean_difference"
     monitor_layers: tuple[int, ...] = (3,)
-    penalty_weight: float = 0.5
-    token_weight: float = 5.0
-    steps: int = 80
+    penalty_weight: float = 0.05
+    token_weight: float = 10.0
+    steps: int = 60
     batch_size: int = 16
-    learning_rate: float = 1e-3
-    max_length: int = 160
-    find_texts: int = 400
-    generations: int = 1024
+    learning_rate: float = 5e-4
+    max_length: int = 128
+    find_texts: int = 256
+    generations: int = 512
     new_tokens: int = 48
     temperature: float = 1.0
 
