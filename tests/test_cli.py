@@ -242,7 +242,7 @@ def test_shipped_configurations_name_only_what_there_is(path: Path, monkeypatch:
 @pytest.mark.skipif(not (DEMO / "model").is_dir(), reason="the demo's assets are not in this checkout")
 def test_the_shipped_configuration_runs_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    small = ["--output_dir", str(tmp_path), "--max_steps", "1", "--eval_steps", "1"]
+    small = ["--output_dir", str(tmp_path), "--max_steps", "1", "--eval_steps", "1", "--logging_steps", "1"]
     trainer = sft.build_trainer(
         sft.parse(["--config", "configs/sft_penalty.yaml", *small, "--dataloader_pin_memory", "false"])
     )
