@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -81,7 +80,10 @@ def build(variant: str, folder: Path, steps: int) -> Any:
 def measure_memory(variant: str, folder: Path) -> None:
     trainer = build(variant, folder, steps=4)
     trainer.train()
-    sys.stderr.write(f"PEAK {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.1f}\n")
+    # Not ru_maxrss: a child process starts with its parent's peak there.
+    status = Path("/proc/self/status").read_text()
+    peak = next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]
+    sys.stderr.write(f"PEAK {int(peak) / 1024:.1f}\n")
 
 
 def measure_time(rounds: int, folder: Path) -> dict[str, list[float]]:
@@ -122,6 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--memory-runs", type=int, default=3)
     parser.add_argument("--memory-of", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -138,7 +141,7 @@ def main() -> None:
         folder = Path(name)
         seconds = measure_time(options.rounds, folder)
         peaks: dict[str, list[float]] = {v: [] for v in VARIANTS}
-        for _ in range(2):
+        for _ in range(options.memory_runs):
             for variant in VARIANTS:
                 command = [sys.executable, __file__, "--memory-of", variant, "--folder", name]
                 text = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ).stderr
