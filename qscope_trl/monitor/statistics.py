@@ -6,7 +6,8 @@ the reduction cannot deadlock when processes see different data.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,3 +109,11 @@ class FeatureStatistics:
         columns, n = self._columns[layer], len(self.ids)
         at = 2 * n + 2 * self.layers.index(layer)
         return [*columns, *(n + c for c in columns), at, at + 1]
+
+
+def evaluation_prefix(logs: Mapping[str, Any]) -> str | None:
+    """Prefix of the metrics in a trainer's evaluation log (`eval`, `eval_name`), None in any other log."""
+    for key in logs:
+        if key.endswith("_runtime") and key != "train_runtime":
+            return key.removesuffix("_runtime")
+    return None

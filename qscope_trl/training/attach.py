@@ -20,16 +20,17 @@ import torch
 from torch import Tensor
 
 from qscope_trl.config import PenaltyConfig
-from qscope_trl.errors import AttachError, DataError, QScopeWarning
+from qscope_trl.errors import AttachError, QScopeWarning
 from qscope_trl.features import FeatureSet
 from qscope_trl.hooks.layers import d_model, find_layers
 from qscope_trl.hooks.residual import Capture, ResidualHook
-from qscope_trl.monitor.statistics import FeatureStatistics
+from qscope_trl.monitor.statistics import FeatureStatistics, evaluation_prefix
 from qscope_trl.sae.suite import SAESuite
 from qscope_trl.training.checks import (
     check_captures,
     check_gradient,
     raise_bypassed,
+    raise_unknown_tokens,
     refuse_unsupported,
     require_trainable_below,
 )
@@ -260,11 +261,7 @@ class PenaltyAttachment:
         for capture in captures:
             mask_BT = token_mask(capture, batch, self.config)
             if mask_BT is None:
-                raise DataError(
-                    f"Neither the forward's `labels` nor the batch (keys {', '.join(f'`{key}`' for key in batch)}) "
-                    f"says which of its tokens are trained, so `penalty_tokens='{self.config.penalty_tokens}'` has no "
-                    f"meaning here. Set `penalty_tokens='all'`."
-                )
+                raise_unknown_tokens(batch, self.config.penalty_tokens)
             group_BT = token_groups(capture, self._groups, groups, self.group_fn)
             if group_BT is not None:
                 group_BT = group_BT.to(mask_BT.device)
@@ -276,9 +273,8 @@ class PenaltyAttachment:
                 chosen = kind_of[layer]
                 if chosen.W_SD.device != residual.device:
                     chosen = kind_of[layer] = chosen.to(residual.device)
-                mask, group = mask_BT.to(residual.device), None
-                if group_BT is not None:
-                    group = group_BT.to(residual.device)
+                mask = mask_BT.to(residual.device)
+                group = None if group_BT is None else group_BT.to(residual.device)
                 if kind_of is self._monitors:
                     with torch.no_grad():
                         terms = PENALTIES["preact_hinge"](residual, chosen, group)
@@ -352,7 +348,7 @@ class PenaltyAttachment:
     def _wrap_log(self, original: Any) -> Any:
         @functools.wraps(original)
         def log(logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
-            prefix = _evaluation_prefix(logs)
+            prefix = evaluation_prefix(logs)
             if prefix is not None:
                 logs.update({f"{prefix}_{key}": value for key, value in self._take_metrics("eval").items()})
             elif "loss" in logs:
@@ -403,10 +399,3 @@ class PenaltyAttachment:
             for statistics, sums in zip(self._statistics["train"], state.get("statistics", ()), strict=False):
                 if statistics is not None:
                     statistics.load_state(sums, self._trainer.accelerator.device)
-
-
-def _evaluation_prefix(logs: Mapping[str, Any]) -> str | None:
-    for key in logs:
-        if key.endswith("_runtime") and key != "train_runtime":
-            return key.removesuffix("_runtime")
-    return None

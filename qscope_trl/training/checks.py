@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from qscope_trl.errors import AttachError, PenaltySelfCheckError
+from qscope_trl.errors import AttachError, DataError, PenaltySelfCheckError
 from qscope_trl.hooks.layers import find_decoder, find_layers
 from qscope_trl.hooks.residual import Capture
 
@@ -88,4 +88,13 @@ def raise_bypassed(trainer: Any) -> NoReturn:
         f"`{type(trainer).__name__}` finished an optimizer step without calling `compute_loss`, so the penalty never "
         f"joined the loss. This trainer computes its loss elsewhere and is not supported; known to work: "
         f"{KNOWN_GOOD}, for SFT, DPO, KTO, Reward and plain `Trainer`."
+    )
+
+
+def raise_unknown_tokens(batch: Mapping[str, Any], penalty_tokens: str) -> NoReturn:
+    """Refuse a batch that does not say which of its tokens are trained."""
+    raise DataError(
+        f"Neither the forward's `labels` nor the batch (keys {', '.join(f'`{key}`' for key in batch)}) says which of "
+        f"its tokens are trained, so `penalty_tokens='{penalty_tokens}'` has no meaning here. Set "
+        f"`penalty_tokens='all'`."
     )
