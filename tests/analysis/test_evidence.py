@@ -55,7 +55,8 @@ def test_sums_equal_the_dense_ones_in_any_chunking(
         sums.update(x[rows], text[rows])
     dense = sae.feature_acts(x).double()
     per_text = torch.stack([dense[text == t].amax(0) for t in text.unique()])
-    torch.testing.assert_close(sums.act_sum, dense.sum(0), rtol=1e-12, atol=1e-12)
+    # fp32 products of other shapes may round differently; how differently depends on the processor.
+    torch.testing.assert_close(sums.act_sum, dense.sum(0), rtol=1e-6, atol=1e-6)
     assert torch.equal(sums.token_count, (dense > 0).sum(0))
     assert torch.equal(sums.text_count, (per_text > 0).sum(0))
     assert (sums.num_tokens, sums.num_texts) == (50, 8)
@@ -90,8 +91,8 @@ def test_text_figures_equal_the_dense_ones() -> None:
         figures.update(x[rows], text[rows])
     dense, pre = sae.feature_acts(x).double()[:, chosen], sae.pre_acts(x).double()[:, chosen]
     for t in range(8):
-        torch.testing.assert_close(figures.act_sum_XS[t], dense[text == t].sum(0), rtol=1e-12, atol=0)
-        assert torch.equal(figures.act_max_XS[t], dense[text == t].amax(0))
+        torch.testing.assert_close(figures.act_sum_XS[t], dense[text == t].sum(0), rtol=1e-6, atol=0)
+        torch.testing.assert_close(figures.act_max_XS[t], dense[text == t].amax(0), rtol=1e-6, atol=0)
         # Three rows of the product are rounded in another order than all of them.
         torch.testing.assert_close(figures.pre_act_max_XS[t], pre[text == t].amax(0), rtol=1e-5, atol=1e-6)
     assert figures.tokens_X.tolist() == [7] * 7 + [1, 0]
