@@ -1,10 +1,12 @@
 """Step time and peak memory of SFT with `SAEPenaltyCallback` against plain TRL, in one run.
 
-A Qwen3 of about 100M parameters, 512 tokens a step, so that the step is compute-bound on a CPU. Variants take turns,
-step by step, on one model each with the same data; the ratio of a round is taken within the round. Memory: each
-variant in a fresh process, peak resident size.
+A Qwen3 of about 100M parameters, 512 tokens a step, so that the step is compute-bound on a CPU. The variants take
+turns step by step inside one process and one thread, in an order shuffled anew each round; ratios are taken within the
+round. "plain again" is a second plain trainer: how far its ratio is from 1 is the error of the measurement. Memory:
+each variant in a fresh process, peak resident size.
 
-    python benchmarks/step_overhead.py [--rounds 12] [--output benchmarks/results]
+    pip install greenlet
+    python benchmarks/step_overhead.py [--rounds 40] [--memory-runs 3] [--output benchmarks/results]
 """
 
 from __future__ import annotations
@@ -12,17 +14,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 VARIANTS = ("plain", "measure only", "preact_hinge", "plain again")
-LAYERS, PER_LAYER, TOKENS = (10, 11), 10, 512
+LAYERS, PER_LAYER, TOKENS, WARM_UP = (10, 11), 10, 512, 3
 
 
 def build(variant: str, folder: Path, steps: int) -> Any:
@@ -80,19 +84,37 @@ def build(variant: str, folder: Path, steps: int) -> Any:
 def measure_memory(variant: str, folder: Path) -> None:
     trainer = build(variant, folder, steps=4)
     trainer.train()
+    report_peak()
+
+
+def report_peak() -> None:
+    """Write this process's peak resident size where `peaks_of` reads it."""
     # Not ru_maxrss: a child process starts with its parent's peak there.
     status = Path("/proc/self/status").read_text()
     peak = next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]
     sys.stderr.write(f"PEAK {int(peak) / 1024:.1f}\n")
 
 
-def measure_time(rounds: int, folder: Path) -> dict[str, list[float]]:
-    """Seconds a step per variant: the trainers run in threads that hand one lock round, one step each."""
-    import threading
+def peaks_of(script: str, variants: Iterable[str], runs: int, folder: Path) -> dict[str, list[float]]:
+    """Peak resident size in MiB of each variant, each run in a fresh process of `script`."""
+    peaks: dict[str, list[float]] = {variant: [] for variant in variants}
+    for _ in range(runs):
+        for variant, found in peaks.items():
+            command = [sys.executable, script, "--memory-of", variant, "--folder", str(folder)]
+            text = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ).stderr
+            found.append(float(text.rsplit("PEAK ", 1)[1].split()[0]))
+    return peaks
 
+
+def measure_time(rounds: int, folder: Path) -> dict[str, list[float]]:
+    """Seconds a step per variant.
+
+    Every trainer runs in a greenlet of one thread and yields after each step: threads would each get an OpenMP team of
+    their own, whose idle workers spin beside the step being timed.
+    """
+    from greenlet import getcurrent, greenlet
     from transformers import TrainerCallback
 
-    turns = {v: threading.Semaphore(0) for v in VARIANTS}
     seconds: dict[str, list[float]] = {v: [] for v in VARIANTS}
 
     class TakeTurns(TrainerCallback):
@@ -100,29 +122,39 @@ def measure_time(rounds: int, folder: Path) -> dict[str, list[float]]:
             self.variant = variant
 
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            turns[self.variant].acquire()
+            getcurrent().parent.switch()
             self.start = time.perf_counter()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             seconds[self.variant].append(time.perf_counter() - self.start)
-            following = VARIANTS[(VARIANTS.index(self.variant) + 1) % len(VARIANTS)]
-            turns[following].release()
 
-    trainers = {v: build(v, folder, steps=rounds + 2) for v in VARIANTS}
-    for variant, trainer in trainers.items():
+    turns = {}
+    for variant in VARIANTS:
+        trainer = build(variant, folder, steps=rounds + WARM_UP)
         trainer.add_callback(TakeTurns(variant))
-    threads = [threading.Thread(target=trainer.train) for trainer in trainers.values()]
-    for thread in threads:
-        thread.start()
-    turns[VARIANTS[0]].release()
-    for thread in threads:
-        thread.join()
-    return {v: values[2:] for v, values in seconds.items()}
+        turns[variant] = greenlet(trainer.train)
+        turns[variant].switch()
+    order, shuffle = list(VARIANTS), random.Random(0).shuffle
+    for done in range(rounds + WARM_UP):
+        shuffle(order)
+        for variant in order:
+            turns[variant].switch()
+        if sys.stderr.isatty() or done % 10 == 0:
+            sys.stderr.write(f"round {done + 1} of {rounds + WARM_UP}\n")
+    assert all(turn.dead for turn in turns.values())
+    return {v: values[WARM_UP:] for v, values in seconds.items()}
+
+
+def median_interval(values: list[float], draws: int = 2000) -> list[float]:
+    """95 % bootstrap interval of the median."""
+    generator = random.Random(0)
+    medians = sorted(statistics.median(generator.choices(values, k=len(values))) for _ in range(draws))
+    return [medians[int(0.025 * draws)], medians[int(0.975 * draws)]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--memory-runs", type=int, default=3)
     parser.add_argument("--memory-of", default=None, help=argparse.SUPPRESS)
@@ -140,22 +172,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         seconds = measure_time(options.rounds, folder)
-        peaks: dict[str, list[float]] = {v: [] for v in VARIANTS}
-        for _ in range(options.memory_runs):
-            for variant in VARIANTS:
-                command = [sys.executable, __file__, "--memory-of", variant, "--folder", name]
-                text = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ).stderr
-                peaks[variant].append(float(text.rsplit("PEAK ", 1)[1].split()[0]))
+        peaks = peaks_of(__file__, VARIANTS, options.memory_runs, folder)
     rows = []
     for variant in VARIANTS:
         ratios = [a / b for a, b in zip(seconds[variant], seconds["plain"], strict=True)]
-        quartiles = statistics.quantiles(ratios, n=4)
         rows.append(
             {
                 "variant": variant,
                 "step_seconds_median": statistics.median(seconds[variant]),
                 "time_ratio_median": statistics.median(ratios),
-                "time_ratio_quartiles": [quartiles[0], quartiles[2]],
+                "time_ratio_interval": median_interval(ratios),
                 "peak_mib_median": statistics.median(peaks[variant]),
                 "memory_ratio": statistics.median(peaks[variant]) / statistics.median(peaks["plain"]),
             }
@@ -169,9 +195,9 @@ def main() -> None:
     }
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "step_overhead.json").write_text(json.dumps(report, indent=2) + "\n")
-    lines = ["| variant | step, s | time ratio (quartiles) | peak, MiB | memory ratio |", "|---|---|---|---|---|"]
+    lines = ["| variant | step, s | time ratio (95 %) | peak, MiB | memory ratio |", "|---|---|---|---|---|"]
     for r in rows:
-        low, high = r["time_ratio_quartiles"]
+        low, high = r["time_ratio_interval"]
         lines.append(
             f"| {r['variant']} | {r['step_seconds_median']:.3f} | {r['time_ratio_median']:.3f} ({low:.3f}-{high:.3f}) "
             f"| {r['peak_mib_median']:.0f} | {r['memory_ratio']:.3f} |"

@@ -1,4 +1,4 @@
-"""The same callback in DPO with LoRA: Chinese answers are rejected, and Chinese features cost besides."""
+"""The same callback in DPO with LoRA (needs `peft`): Chinese answers are rejected, and Chinese features cost too."""
 
 from datasets import Dataset
 from peft import LoraConfig

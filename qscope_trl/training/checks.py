@@ -31,6 +31,13 @@ def refuse_unsupported(trainer: Any) -> None:
             f"The trainer uses DataParallel over {trainer.args.n_gpu} GPUs in one process, which copies the model in "
             f"every step and leaves hooks behind. Start one process per GPU with `accelerate launch`."
         )
+    adapters = getattr(getattr(trainer, "model", None), "peft_config", None) or {}
+    learned = [name for name, config in adapters.items() if getattr(config, "is_prompt_learning", False)]
+    if learned:
+        raise AttachError(
+            f"Adapter `{learned[0]}` learns virtual tokens ({type(adapters[learned[0]]).__name__}), which shift every "
+            f"position against the batch's labels, so the penalised tokens cannot be told. Use LoRA or full weights."
+        )
     if not callable(getattr(trainer, "compute_loss", None)):
         raise AttachError(
             f"`{type(trainer).__name__}` has no `compute_loss`, so there is no loss to join. Pass a transformers or "

@@ -41,6 +41,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
+        model_input_names=["input_ids", "attention_mask"],
         tokenizer_object=tokenizer,
         eos_token=EOS,
         pad_token=PAD,

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import PromptTuningConfig
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -413,6 +414,13 @@ def test_sequence_parallelism_is_refused(saes: Path, tmp_path: Path) -> None:
         parallelism_config=SimpleNamespace(sp_enabled=True, sp_backend="deepspeed", cp_enabled=False)
     )
     with pytest.raises(AttachError, match=r"splits sequences over processes"):
+        callback(saes).attach(trainer)
+
+
+def test_prompt_learning_is_refused(saes: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, [])
+    trainer.model.peft_config = {"default": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)}
+    with pytest.raises(AttachError, match=r"Adapter `default` learns virtual tokens \(PromptTuningConfig\)"):
         callback(saes).attach(trainer)
 
 
