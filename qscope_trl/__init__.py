@@ -20,10 +20,14 @@ if TYPE_CHECKING:
     from qscope_trl.training.attach import PenaltyAttachment, attach
     from qscope_trl.training.callback import SAEPenaltyCallback
     from qscope_trl.training.collator import GroupCollator
+    from qscope_trl.training.grpo import SAEGRPOMixin, SAEGRPOTrainer, SAERLOOTrainer
+    from qscope_trl.training.rewards import FeatureReward
+    from qscope_trl.training.rollouts import RolloutPolicy
 
 _PUBLIC = {
     "Feature": "qscope_trl.features",
     "FeatureId": "qscope_trl.features",
+    "FeatureReward": "qscope_trl.training.rewards",
     "FeatureSet": "qscope_trl.features",
     "GroupCollator": "qscope_trl.training.collator",
     "PenaltyAttachment": "qscope_trl.training.attach",
@@ -31,7 +35,11 @@ _PUBLIC = {
     "QScopeError": "qscope_trl.errors",
     "QScopeWarning": "qscope_trl.errors",
     "ResidualHook": "qscope_trl.hooks.residual",
+    "RolloutPolicy": "qscope_trl.training.rollouts",
+    "SAEGRPOMixin": "qscope_trl.training.grpo",
+    "SAEGRPOTrainer": "qscope_trl.training.grpo",
     "SAEPenaltyCallback": "qscope_trl.training.callback",
+    "SAERLOOTrainer": "qscope_trl.training.grpo",
     "SAESuite": "qscope_trl.sae.suite",
     "TopKSAE": "qscope_trl.sae.topk_sae",
     "attach": "qscope_trl.training.attach",
@@ -40,6 +48,7 @@ _PUBLIC = {
 __all__ = [
     "Feature",
     "FeatureId",
+    "FeatureReward",
     "FeatureSet",
     "GroupCollator",
     "PenaltyAttachment",
@@ -47,7 +56,11 @@ __all__ = [
     "QScopeError",
     "QScopeWarning",
     "ResidualHook",
+    "RolloutPolicy",
+    "SAEGRPOMixin",
+    "SAEGRPOTrainer",
     "SAEPenaltyCallback",
+    "SAERLOOTrainer",
     "SAESuite",
     "TopKSAE",
     "__version__",

@@ -15,6 +15,7 @@ from qscope_trl.errors import ConfigError, QScopeError
 
 _ABOUT = {
     "sft": "fine-tune with a feature penalty, from one YAML file and flags",
+    "grpo": "the same for GRPO, with feature rewards and rollout policies",
     "find": "find the features of a behaviour by contrast, and write them to a file",
     "demo": "the whole job on a small bundled model: find, fine-tune, compare",
 }
@@ -57,7 +58,7 @@ def _dispatch(argv: list[str]) -> int:
     if name.startswith("-"):
         refuse_unknown_flags(argv[:1], parser._option_string_actions)
         parser.parse_args(argv[:1])
-    commands: dict[str, Callable[[list[str]], int]] = {"sft": _sft, "find": _find, "demo": _demo}
+    commands: dict[str, Callable[[list[str]], int]] = {"sft": _sft, "grpo": _grpo, "find": _find, "demo": _demo}
     if name not in commands:
         raise ConfigError(f"Unknown command `{name}`.{suggestion(name, commands)}")
     return commands[name](argv[1:])
@@ -67,6 +68,15 @@ def _sft(argv: list[str]) -> int:
     from qscope_trl.training import sft
 
     result = sft.run(sft.parse(argv))
+    if result.is_main_process:
+        sys.stdout.write(f"Model saved to {result.output_dir}\n")
+    return 0
+
+
+def _grpo(argv: list[str]) -> int:
+    from qscope_trl.training import grpo_run
+
+    result = grpo_run.run(grpo_run.parse(argv))
     if result.is_main_process:
         sys.stdout.write(f"Model saved to {result.output_dir}\n")
     return 0
@@ -84,11 +94,12 @@ def _find(argv: list[str]) -> int:
     parser.error = refuse  # type: ignore[method-assign]
     config = FindConfig(**vars(parser.parse_args(argv)))
 
-    from qscope_trl.analysis import discovery
+    from qscope_trl.analysis import find_run
 
-    found = discovery.run(config)
-    sys.stdout.write(discovery.format_table(found))
-    sys.stdout.write(f"{len(found)} features of `{found.target_group}` written to {config.output}\n")
+    found = find_run.run(config)
+    sys.stdout.write(find_run.format_table(found))
+    what = f"`{found.target_group}`" if found.target_group else "repetition"
+    sys.stdout.write(f"{len(found)} features of {what} written to {config.output}\n")
     return 0
 
 

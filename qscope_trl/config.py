@@ -19,18 +19,43 @@ from qscope_trl.errors import ConfigError
 PENALTY_KINDS = ("preact_hinge", "topk_act")
 PENALTY_TOKENS = ("labels", "completion", "all")
 PENALTY_SCHEDULES = ("constant", "warmup", "decay", "warmup_decay")
+READERS = ("frozen", "policy")
+AGGREGATIONS = ("mean", "max", "last_k", "rate", "first_hit")
+POLICIES = ("penalise", "amplify_negative", "zero_advantage", "screen", "steered_negative")
+CREDITS = ("rollout", "token")
+RATIOS = ("one", "truncated", "exact")
 RANK_BY = ("mean_difference", "delta", "auroc", "monolinguality")
 POSITIONS = ("all", "last")
 SELECT = ("layer", "overall")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-PREFIXES = ("sae_", "penalty_", "monitor_", "data_", "reward_", "steer_")
+PREFIXES = ("sae_", "penalty_", "monitor_", "data_", "reward_", "rollout_", "steer_")
 """Every field that shares a command line with TRL's begins with one of these."""
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ConfigError(f"`{name}` is {value!r}; choose one of {', '.join(allowed)}.")
+
+
+def schedule_factor(schedule: str, length: float, step: int, max_steps: int) -> float:
+    """Factor in [0, 1] of a schedule at an optimizer step.
+
+    Args:
+        schedule: One of `PENALTY_SCHEDULES`.
+        length: Warm-up or decay: optimizer steps if 1 or more, else a share of all steps.
+        step: Optimizer steps done so far, from 0.
+        max_steps: Optimizer steps of the whole run.
+    """
+    span = max(1.0, length if length >= 1 else length * max_steps)
+    if schedule == "constant":
+        return 1.0
+    if schedule == "warmup":
+        return min(1.0, (step + 1) / span)
+    if schedule == "decay":
+        return min(1.0, max(0.0, (max_steps - step) / span))
+    down = max(1.0, max_steps - span)
+    return min(1.0, (step + 1) / span, max(0.0, (max_steps - step) / down))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,17 +161,7 @@ class PenaltyConfig:
         Returns:
             `penalty_weight` times the schedule's factor in [0, 1].
         """
-        length = self.penalty_schedule_steps
-        span = max(1.0, length if length >= 1 else length * max_steps)
-        if self.penalty_schedule == "constant":
-            factor = 1.0
-        elif self.penalty_schedule == "warmup":
-            factor = min(1.0, (step + 1) / span)
-        elif self.penalty_schedule == "decay":
-            factor = min(1.0, max(0.0, (max_steps - step) / span))
-        else:
-            down = max(1.0, max_steps - span)
-            factor = min(1.0, (step + 1) / span, max(0.0, (max_steps - step) / down))
+        factor = schedule_factor(self.penalty_schedule, self.penalty_schedule_steps, step, max_steps)
         return self.penalty_weight * factor
 
 
@@ -239,6 +254,14 @@ class FindConfig:
         default=None, metadata={"help": "Instead: one file with all groups, told apart by the group column."}
     )
     group_column: str | None = field(default=None, metadata={"help": "Column of `--data` that names the group."})
+    repetition: str | None = field(
+        default=None,
+        metadata={"help": "Instead: one file of texts that loop; finds what grows from the first round to the last."},
+    )
+    generate_tokens: int = field(
+        default=0,
+        metadata={"help": "With `--repetition`: tokens the model adds to each text by greedy decoding before."},
+    )
     target: str | None = field(
         default=None,
         metadata={"help": "Group the features stand for. Needed with `--group` and `--data`; else the positive one."},
@@ -295,21 +318,29 @@ class FindConfig:
             ("dtype", DTYPES),
         ):
             _one_of(name, getattr(self, name), allowed)
-        for name, least in (("top", 1), ("max_length", 2), ("max_tokens", 1), ("batch_size", 1)):
+        for name, least in (
+            ("top", 1),
+            ("max_length", 2),
+            ("max_tokens", 1),
+            ("batch_size", 1),
+            ("generate_tokens", 0),
+        ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"`{name}` is {value}; it is {least} or more.")
         if not 0 <= self.holdout < 1:
             raise ConfigError(f"`holdout` is {self.holdout!r}; it is a share from 0 up to, not including, 1.")
-        ways = [bool(self.positive or self.negative), bool(self.group), bool(self.data)]
+        ways = [bool(self.positive or self.negative), bool(self.group), bool(self.data), bool(self.repetition)]
         if sum(ways) != 1 or bool(self.positive) is not bool(self.negative):
             raise ConfigError(
                 "Give the texts in exactly one way: `--positive FILE --negative FILE`, or `--group NAME=FILE` at "
-                "least twice, or `--data FILE --group-column COLUMN`."
+                "least twice, or `--data FILE --group-column COLUMN`, or `--repetition FILE`."
             )
         if bool(self.data) is not bool(self.group_column):
             raise ConfigError("`--data` and `--group-column` come together; got one of them.")
-        if not self.positive and not self.target:
+        if self.generate_tokens and not self.repetition:
+            raise ConfigError("`--generate-tokens` is for `--repetition`; contrasts use the texts as they are.")
+        if not self.positive and not self.repetition and not self.target:
             raise ConfigError("`--target` is missing: name the group that the features should stand for.")
 
     def layer_list(self, available: tuple[int, ...]) -> tuple[int, ...]:

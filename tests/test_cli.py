@@ -19,7 +19,7 @@ from qscope_trl import FeatureSet
 from qscope_trl.cli import main
 from qscope_trl.errors import ConfigError, DataError
 from qscope_trl.features import Feature
-from qscope_trl.training import sft
+from qscope_trl.training import launch, sft
 from tests.tiny import prompt_completion_rows, sentence, tiny_model, tiny_tokenizer, write_saes
 
 ROOT = Path(qscope_trl.__file__).parents[1]
@@ -187,9 +187,9 @@ def test_group_of_the_target_is_exempt_through_the_command(assets: Path) -> None
 def test_data_is_read_from_folders_slices_and_streams(assets: Path, tmp_path: Path) -> None:
     for name in ("train", "test"):
         (tmp_path / f"{name}.jsonl.gz").write_bytes((assets / "train.jsonl.gz").read_bytes())
-    assert len(sft.load_split(str(tmp_path), None, "train", False)) == 16
-    assert len(sft.load_split(str(tmp_path), None, "test[:3]", False)) == 3
-    assert next(iter(sft.load_split(str(assets / "eval.jsonl"), None, "train", True)))["lang"] == "en"
+    assert len(launch.load_split(str(tmp_path), None, "train", False)) == 16
+    assert len(launch.load_split(str(tmp_path), None, "test[:3]", False)) == 3
+    assert next(iter(launch.load_split(str(assets / "eval.jsonl"), None, "train", True)))["lang"] == "en"
 
 
 def test_sft_resumes_from_its_last_checkpoint(assets: Path, tmp_path: Path) -> None:
@@ -254,15 +254,15 @@ def test_processes_without_a_gpu_are_joined_over_the_cpu(monkeypatch: pytest.Mon
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    sft.use_cpu_if_alone()
+    launch.use_cpu_if_alone()
     assert os.environ.pop("ACCELERATE_USE_CPU") == "true"
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
-    sft.use_cpu_if_alone()
+    launch.use_cpu_if_alone()
     assert "ACCELERATE_USE_CPU" not in os.environ
     monkeypatch.delenv("LOCAL_RANK")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    sft.use_cpu_if_alone()
+    launch.use_cpu_if_alone()
     assert "ACCELERATE_USE_CPU" not in os.environ
 
 

@@ -8,9 +8,10 @@ import transformers
 import trl
 
 from qscope_trl.config import PREFIXES, DataConfig, FindConfig, MonitorConfig, PenaltyConfig, SAEConfig
+from qscope_trl.config_rollouts import RewardConfig, RolloutConfig
 from qscope_trl.errors import ConfigError
 
-OURS = (SAEConfig, PenaltyConfig, MonitorConfig, DataConfig)
+OURS = (SAEConfig, PenaltyConfig, MonitorConfig, RewardConfig, RolloutConfig, DataConfig)
 THEIRS = [
     getattr(module, name)
     for module in (trl, transformers)

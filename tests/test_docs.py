@@ -50,6 +50,31 @@ def test_the_readme_script_runs_on_the_bundled_model(tmp_path: Path) -> None:
     assert run(before + prepared + after, tmp_path).strip().splitlines()[-1].startswith("[")
 
 
-@pytest.mark.parametrize("name", ["training.md"])
+def test_the_readmes_grpo_script_runs_on_the_bundled_model(tmp_path: Path) -> None:
+    script = blocks(ROOT / "README.md")[1]
+    from qscope_trl.demo import assets
+
+    small = (
+        'GRPOConfig(output_dir="out", beta=0.02, max_steps=2, per_device_train_batch_size=4, num_generations=4, '
+        'max_completion_length=8, logging_steps=1, use_cpu=True, bf16=False, report_to="none")'
+    )
+    for given, local in [
+        ('"Qwen/Qwen3-8B-Base"', repr(str(assets.MODEL))),
+        ('"Qwen/SAE-Res-Qwen3-8B-Base-W64K-L0_50"', repr(str(assets.saes()))),
+        ('"features/zh.yaml"', '["L5F1"]'),
+        ('GRPOConfig(output_dir="out", beta=0.02)', small),
+    ]:
+        assert given in script
+        script = script.replace(given, local)
+    before = (
+        "from datasets import Dataset\nfrom qscope_trl.demo import assets\n"
+        "prompts = Dataset.from_list([{'prompt': r['prompt'][:40]} for r in assets.rows('sft_train')[:8]])\n"
+        "def correctness(completions, **kwargs):\n    return [float(len(c)) for c in completions]\n"
+    )
+    after = "\nprint([e['sae/feature_reward/score'] for e in trainer.state.log_history if 'reward' in e])"
+    assert run(before + script + after, tmp_path).strip().splitlines()[-1].startswith("[")
+
+
+@pytest.mark.parametrize("name", ["training.md", "grpo.md"])
 def test_python_of_the_docs_runs_in_order(name: str, tmp_path: Path) -> None:
     run("\n".join(blocks(ROOT / "docs" / name)), tmp_path)

@@ -18,7 +18,7 @@ LAYERS = {
     "__main__": -1, "cli": 0, "demo": 1,
     "training": 2, "analysis": 2,
     "monitor": 3, "activations": 3,
-    "sae": 4, "hooks": 4,
+    "sae": 4, "hooks": 4, "config_rollouts": 4,
     "config": 5, "features": 5, "parsing": 5,
     "ops": 6,
     "errors": 7, "_version": 7,

@@ -9,7 +9,6 @@ what the held-out figures are for).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -18,8 +17,8 @@ from torch import Tensor, nn
 from qscope_trl._version import __version__
 from qscope_trl.activations.encode import Positions, ResidualBatch, residual_batches
 from qscope_trl.analysis.evidence import GroupSums, Pooled, TextFigures, collect, contrast, pool, scores
-from qscope_trl.analysis.texts import TextGroup, prepare_group, read_groups
-from qscope_trl.config import RANK_BY, SELECT, FindConfig
+from qscope_trl.analysis.texts import TextGroup, prepare_group
+from qscope_trl.config import RANK_BY, SELECT
 from qscope_trl.errors import ConfigError, DataError, ModelStructureError
 from qscope_trl.features import Feature, FeatureSet
 from qscope_trl.hooks.layers import d_model, find_layers
@@ -94,7 +93,7 @@ def find_features(
     """
     _check(groups, target, rank_by, select, top, holdout)
     layers = tuple(sorted(set(saes.layers if layers is None else layers)))
-    loaded = _load(model, saes, layers)
+    loaded = load_encoders(model, saes, layers)
     prepared = {
         name: prepare_group(
             name,
@@ -155,15 +154,12 @@ def find_features(
     for layer in candidates:
         found.extend(_describe(layer, sums[layer], ranking[layer], figures[layer], prepared, target, rank_by))
     chosen = _choose(found, top, select, rank_by, target)
-    return FeatureSet(
-        features=tuple(chosen),
-        model=model_name,
-        sae=saes.source,
-        sae_revision=saes.revision,
-        sae_fingerprints={layer: saes.fingerprint(layer) for layer in sorted({f.layer for f in chosen})},
-        d_model=loaded[layers[0]].d_model,
-        d_sae=loaded[layers[0]].d_sae,
-        num_layers=len(find_layers(model)),
+    return make_set(
+        chosen,
+        model,
+        saes,
+        loaded,
+        model_name=model_name,
         target_group=target,
         origin={
             "made_by": f"qscope_trl {__version__}, find_features",
@@ -184,78 +180,6 @@ def find_features(
     )
 
 
-def run(config: FindConfig) -> FeatureSet:
-    """`qscope find`: read the texts, load model and SAEs, find features, write them to `config.output`.
-
-    Returns:
-        The set that was written.
-
-    Raises:
-        ConfigError: If the model cannot be loaded or a setting does not fit.
-        DataError: If a file or a group is not usable.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    groups, target = read_groups(config)
-    saes = SAESuite.from_pretrained(config.saes, revision=config.sae_revision, k=config.sae_k)
-    layers = config.layer_list(saes.layers)
-    saes = SAESuite.from_pretrained(saes, layers=layers)
-    dtype: Any = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-    auto_model: Any = AutoModelForCausalLM
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.model, revision=config.model_revision)
-        model = auto_model.from_pretrained(config.model, revision=config.model_revision, dtype=dtype)
-    except (OSError, ValueError) as err:
-        raise ConfigError(f"The model '{config.model}' cannot be loaded: {err}") from err
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    found = find_features(
-        model.to(device),
-        tokenizer,
-        saes,
-        groups,
-        target=target,
-        layers=layers,
-        top=config.top,
-        select=config.select,
-        rank_by=config.rank_by,
-        positions="last" if config.positions == "last" else "all",
-        max_length=config.max_length,
-        max_tokens=config.max_tokens,
-        batch_size=config.batch_size,
-        holdout=config.holdout,
-        seed=config.seed,
-        model_name=config.model,
-    )
-    files = {k: v for k, v in asdict(config).items() if k in ("positive", "negative", "group", "data") and v}
-    found = FeatureSet.from_dict({**found.to_dict(), "origin": {**found.origin, "files": files}})
-    found.save(config.output)
-    return found
-
-
-def format_table(found: FeatureSet) -> str:
-    """The chosen features as a table of fixed-width columns, one line each."""
-    columns = [
-        ("mean act", "mean_act"),
-        ("others", "mean_act_others"),
-        ("texts", "text_rate"),
-        ("others", "text_rate_others"),
-        ("AUROC", "auroc"),
-        ("held out", "heldout_auroc"),
-    ]
-    head = ["feature", *(title for title, _ in columns), "threshold"]
-    rows = [
-        [str(feature.id), *(_figure(feature.evidence.get(key)) for _, key in columns), _figure(feature.threshold)]
-        for feature in found.features
-    ]
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]]
-    return "\n".join(lines) + "\n"
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
 def _check(
     groups: Mapping[str, Sequence[str]], target: str, rank_by: str, select: str, top: int, holdout: float
 ) -> None:
@@ -271,7 +195,8 @@ def _check(
         )
 
 
-def _load(model: nn.Module, saes: SAESuite, layers: Sequence[int]) -> dict[int, TopKSAE]:
+def load_encoders(model: nn.Module, saes: SAESuite, layers: Sequence[int]) -> dict[int, TopKSAE]:
+    """The encoders of some layers, each on its layer's device; raises `ModelStructureError` if they do not fit."""
     modules, width = find_layers(model), d_model(model)
     for layer in layers:
         if layer >= len(modules):
@@ -287,6 +212,32 @@ def _load(model: nn.Module, saes: SAESuite, layers: Sequence[int]) -> dict[int, 
     return {
         layer: saes.load(layer, device=next(modules[layer].parameters()).device, decoder=False) for layer in layers
     }
+
+
+def make_set(
+    chosen: Sequence[Feature],
+    model: nn.Module,
+    saes: SAESuite,
+    loaded: Mapping[int, TopKSAE],
+    *,
+    model_name: str | None,
+    target_group: str | None,
+    origin: dict[str, Any],
+) -> FeatureSet:
+    """Chosen features with everything that later tells whether they fit a model and its SAEs."""
+    sae = next(iter(loaded.values()))
+    return FeatureSet(
+        features=tuple(chosen),
+        model=model_name,
+        sae=saes.source,
+        sae_revision=saes.revision,
+        sae_fingerprints={layer: saes.fingerprint(layer) for layer in sorted({f.layer for f in chosen})},
+        d_model=sae.d_model,
+        d_sae=sae.d_sae,
+        num_layers=len(find_layers(model)),
+        target_group=target_group,
+        origin=origin,
+    )
 
 
 def _candidates(ranking: Mapping[str, Tensor], rank_by: str, top: int) -> Tensor:

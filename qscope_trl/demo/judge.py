@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,9 @@ _CHINESE = re.compile(r"[㐀-䶿一-鿿豈-﫿]")
 _LETTER = re.compile(r"[^\W\d_]")
 MIN_CHARACTERS = 3
 """Chinese characters from which a generation counts as switched; fewer may be a stray byte sequence."""
+
+
+_LOOP_WORDS, _LOOP_TIMES = 3, 3
 
 
 class Verdict(NamedTuple):
@@ -44,6 +48,18 @@ def judge(texts: Sequence[str]) -> Verdict:
     letters = sum(len(_LETTER.findall(text)) for text in texts)
     switched = sum(count >= MIN_CHARACTERS for count in chinese)
     return Verdict(switched / len(texts), sum(chinese) / max(1, letters), len(texts))
+
+
+def is_switched(text: str) -> bool:
+    """Whether a generation holds `MIN_CHARACTERS` Chinese characters or more."""
+    return len(_CHINESE.findall(text)) >= MIN_CHARACTERS
+
+
+def is_loop(text: str) -> bool:
+    """Whether three words occur together, in their order, three times or more."""
+    words = text.split()
+    counts = Counter(tuple(words[n : n + _LOOP_WORDS]) for n in range(len(words) - _LOOP_WORDS + 1))
+    return any(count >= _LOOP_TIMES for count in counts.values())
 
 
 def unwanted_tokens(tokenizer: Any) -> Tensor:

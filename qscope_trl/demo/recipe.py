@@ -43,3 +43,37 @@ class Recipe:
 
 
 RECIPE = Recipe()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPORecipe(Recipe):
+    """Settings of `qscope demo grpo`; what is named again differs from SFT's demo.
+
+    Args:
+        steps: Optimizer steps.
+        batch_size: Rollouts a step.
+        learning_rate: Constant.
+        fast_factor: Learning rate of the arm `rule-fast` over that of the others.
+        num_generations: Rollouts of a group.
+        beta: Weight of the KL term; above 0, so that a frozen reference model exists.
+        prompt_tokens: Last tokens of each prompt that are kept.
+        strength: Of `amplify_negative`, per unit of a token's summed activation.
+        steer_strength: Of `steered_negative`, per feature.
+        generations: Texts of each evaluation.
+        evaluate_every: Optimizer steps between evaluations.
+    """
+
+    steps: int = 40
+    batch_size: int = 64
+    learning_rate: float = 1e-4
+    fast_factor: float = 2.0
+    num_generations: int = 8
+    beta: float = 0.05
+    prompt_tokens: int = 48
+    strength: float = 0.2
+    steer_strength: float = 4.0
+    generations: int = 256
+    evaluate_every: int = 10
+
+
+GRPO_RECIPE = GRPORecipe()

@@ -65,13 +65,20 @@ def reading(results: Results) -> str:
     return " ".join(lines)
 
 
-def figure(results: Results, path: Path) -> bool:
-    """Draw rate and feature activation per arm; False if matplotlib is not installed."""
+def pyplot() -> Any:
+    """Matplotlib's pyplot drawing to files, or None if it is not installed."""
     try:
         matplotlib: Any = importlib.import_module("matplotlib")
         matplotlib.use("Agg")
-        plt: Any = importlib.import_module("matplotlib.pyplot")
+        return importlib.import_module("matplotlib.pyplot")
     except ImportError:
+        return None
+
+
+def figure(results: Results, path: Path) -> bool:
+    """Draw rate and feature activation per arm; False if matplotlib is not installed."""
+    plt = pyplot()
+    if plt is None:
         return False
     panels: list[tuple[str, Callable[[Mapping[str, Any]], float]]] = [
         ("code-switching, % of generations", lambda r: 100 * r["rate"]),

@@ -16,10 +16,11 @@ _LAYER_LISTS = ("layers", "h", "blocks")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DDP (`module`) and torch.compile (`_orig_mod`) wrappers; PEFT models are left as they are."""
+    """The model inside DDP, DeepSpeed (`module`) and torch.compile (`_orig_mod`) wrappers; PEFT models are left."""
     while True:
         inner = getattr(model, "_orig_mod", None)
-        if inner is None and not hasattr(model, "config"):
+        # A DeepSpeed engine has a `config` too, its own.
+        if inner is None and not hasattr(getattr(model, "config", None), "get_text_config"):
             inner = getattr(model, "module", None)
         if not isinstance(inner, nn.Module):
             return model

@@ -4,12 +4,12 @@ A forward of the decoder opens a capture, each chosen layer adds its output, the
 `listen()` the hooks do nothing, so generation, reference models and the recomputation of gradient checkpointing leave
 no trace. The tensors are kept exactly as the layer returned them and are only read after the forward: under reentrant
 checkpointing they join the autograd graph only then. No counters and no branches on tensors in here: torch.compile
-traces these hooks into the model's graph. Editing residuals (steering) is left out.
+traces these hooks into the model's graph. Editing residuals is `qscope_trl.hooks.edit`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -67,7 +67,8 @@ class ResidualHook:
         self.model = model
         self.layers = tuple(sorted(set(layers)))
         self._captures: list[Capture] = []
-        self._labels: list[Tensor | None] = [None]
+        self._consume: Callable[[Capture], None] | None = None
+        self._given: dict[str, Tensor | None] = {}
         self._listening = False
         self._inside = False
         self._stack = ExitStack()
@@ -107,34 +108,45 @@ class ResidualHook:
         self.detach()
 
     @contextmanager
-    def listen(self) -> Iterator[list[Capture]]:
-        """Collect one `Capture` per decoder forward while the block runs."""
+    def listen(self, consume: Callable[[Capture], None] | None = None) -> Iterator[list[Capture]]:
+        """Collect one `Capture` per decoder forward while the block runs.
+
+        Args:
+            consume: Called with each capture at the end of its forward; the capture is then dropped instead of kept,
+                so that the residuals of one forward at most are alive. Only for forwards without gradient.
+
+        Yields:
+            The captures so far; empty with `consume`.
+        """
         captures: list[Capture] = []
-        self._captures, self._labels[0], self._inside, self._listening = captures, None, False, True
+        self._captures, self._given, self._inside, self._listening = captures, {}, False, True
+        self._consume = consume
         try:
             yield captures
         finally:
-            self._listening, self._inside = False, False
-            self._captures, self._labels[0] = [], None
+            self._listening, self._inside, self._consume = False, False, None
+            self._captures, self._given = [], {}
 
-    def _enter_model(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter_model(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._listening:
-            self._labels[0] = kwargs.get("labels")
+            # Multimodal classes embed the ids themselves and pass none on to the decoder.
+            ids = args[0] if args else kwargs.get("input_ids")
+            self._given = {"labels": kwargs.get("labels"), "input_ids": ids}
 
     def _enter_decoder(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._listening:
             return
-        mask = kwargs.get("attention_mask")
+        mask, ids = kwargs.get("attention_mask"), args[0] if args else kwargs.get("input_ids")
         self._captures.append(
             Capture(
                 has_grad=torch.is_grad_enabled(),
-                input_ids=args[0] if args else kwargs.get("input_ids"),
+                input_ids=self._given.get("input_ids") if ids is None else ids,
                 attention_mask=mask if isinstance(mask, Tensor) and mask.dim() == 2 else None,
                 position_ids=kwargs.get("position_ids"),
-                labels=self._labels[0],
+                labels=self._given.get("labels"),
             )
         )
-        self._labels[0] = None
+        self._given = {}
         self._inside = True
 
     def _layer_hook(self, layer: int) -> Any:
@@ -145,4 +157,6 @@ class ResidualHook:
         return keep
 
     def _leave_decoder(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+        if self._consume is not None and self._inside:
+            self._consume(self._captures.pop())
         self._inside = False

@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from qscope_trl.config import PenaltyConfig
-from qscope_trl.errors import AttachError, QScopeWarning
+from qscope_trl.errors import QScopeWarning
 from qscope_trl.features import FeatureSet
-from qscope_trl.hooks.layers import d_model, find_layers
 from qscope_trl.hooks.residual import Capture, ResidualHook
 from qscope_trl.monitor.statistics import FeatureStatistics, evaluation_prefix
 from qscope_trl.sae.suite import SAESuite
@@ -37,7 +36,8 @@ from qscope_trl.training.checks import (
 from qscope_trl.training.collator import GROUP_KEY
 from qscope_trl.training.masks import GroupFn, runs_batch, token_groups, token_mask
 from qscope_trl.training.normalisation import loss_divisor
-from qscope_trl.training.penalty import PENALTIES, VALUE_NAMES, LayerFeatures, open_layer
+from qscope_trl.training.opening import open_features
+from qscope_trl.training.penalty import PENALTIES, VALUE_NAMES, LayerFeatures
 
 
 def attach(trainer: Any, saes: Any, features: Any, **settings: Any) -> PenaltyAttachment:
@@ -175,29 +175,9 @@ class PenaltyAttachment:
         saes, revision, k = self._source
         wanted = {*self.features.layers, *(self.monitor_features.layers if self.monitor_features else ())}
         suite = SAESuite.from_pretrained(saes, layers=sorted(wanted), revision=revision, k=k)
-        width, num_layers = d_model(model), len(find_layers(model))
-        for chosen, target, kind in (
-            (self.features, self._layers, self.config.penalty_kind),
-            (self.monitor_features, self._monitors, "preact_hinge"),
-        ):
-            if chosen is None:
-                continue
-            for layer in chosen.layers:
-                spec = suite.spec(layer)
-                if spec.d_model != width:
-                    raise AttachError(
-                        f"The SAE of layer {layer} in '{suite.source}' reads residuals of width {spec.d_model}, but "
-                        f"`{type(model).__name__}` has `hidden_size={width}`. Use the SAEs made for this model."
-                    )
-                fingerprints = {layer: suite.fingerprint(layer)} if layer in chosen.sae_fingerprints else None
-                chosen.check_fits(
-                    d_model=width,
-                    num_layers=num_layers,
-                    d_sae=spec.d_sae,
-                    sae=suite.source,
-                    fingerprints=fingerprints,
-                )
-                target[layer] = open_layer(suite, layer, chosen.for_layer(layer), self._groups, kind)
+        self._layers = open_features(model, suite, self.features, self._groups, self.config.penalty_kind)
+        if self.monitor_features is not None:
+            self._monitors = open_features(model, suite, self.monitor_features, self._groups, "preact_hinge")
 
     # --- the loss ------------------------------------------------------------------------------------------------
 

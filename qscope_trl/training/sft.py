@@ -8,22 +8,25 @@ quantisation beyond what `trl.ModelConfig` offers, chat-template surgery, and im
 from __future__ import annotations
 
 import importlib
-import inspect
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from qscope_trl.config import DataConfig, MonitorConfig, PenaltyConfig, SAEConfig
 from qscope_trl.errors import ConfigError, DataError, QScopeError
 from qscope_trl.features import FeatureSet
 from qscope_trl.parsing import parse_training
+from qscope_trl.training.launch import (
+    RunResult,
+    load_both,
+    load_features,
+    refuse_unused_evaluation,
+    train_and_save,
+    trainer_kwargs,
+    use_cpu_if_alone,
+)
 
 DESCRIPTION = "Fine-tune a model with TRL's SFTTrainer and a penalty on SAE features."
-
-_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,21 +52,6 @@ class SFTRun:
     data: DataConfig
 
 
-@dataclass(frozen=True, kw_only=True)
-class SFTResult:
-    """What a run left.
-
-    Args:
-        output_dir: Folder with the trained model or adapter.
-        is_main_process: Whether this process speaks for the run.
-        metrics: The trainer's final training metrics.
-    """
-
-    output_dir: str
-    is_main_process: bool
-    metrics: dict[str, float]
-
-
 def parse(argv: Sequence[str]) -> SFTRun:
     """Parse `--config FILE` and flags.
 
@@ -85,11 +73,7 @@ def parse(argv: Sequence[str]) -> SFTRun:
     ):
         if not value:
             raise ConfigError(f"`{name}` is missing. Set it in the YAML file or by `--{name}`.")
-    if data.data_eval_path and str(getattr(training.eval_strategy, "value", training.eval_strategy)) == "no":
-        raise ConfigError(
-            "`data_eval_path` is set, but `eval_strategy` is 'no', so it would never be used. Set `eval_strategy` to "
-            "'steps' or 'epoch'."
-        )
+    refuse_unused_evaluation(data.data_eval_path, training)
     if data.penalty_group_column and training.packing:
         raise ConfigError(
             "`penalty_group_column` needs one sample per row, but `packing` joins samples. Turn packing off, or name "
@@ -98,40 +82,13 @@ def parse(argv: Sequence[str]) -> SFTRun:
     return SFTRun(script=script, training=training, model=model, sae=sae, penalty=penalty, monitor=monitor, data=data)
 
 
-def use_cpu_if_alone() -> None:
-    """Let accelerate join several processes on a machine without a GPU.
-
-    Started by `accelerate launch` with a GPU configuration there, it would let each process train a model of its own,
-    without a word; told to use the CPU, it joins them by gloo.
-    """
-    import torch
-
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if "LOCAL_RANK" in os.environ and (accelerator is None or accelerator.type == "mps"):
-        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
-
-
-def run(settings: SFTRun) -> SFTResult:
+def run(settings: SFTRun) -> RunResult:
     """Train, save the model to `output_dir`, and end.
 
     Raises:
         QScopeError: If features, SAEs, data and model do not fit together.
     """
-    trainer = build_trainer(settings)
-    resume = settings.training.resume_from_checkpoint
-    if isinstance(resume, str) and resume.lower() in ("true", "false"):
-        resume = resume.lower() == "true"
-    outcome = trainer.train(resume_from_checkpoint=resume or None)
-    trainer.save_model(settings.training.output_dir)
-    result = SFTResult(
-        output_dir=settings.training.output_dir,
-        is_main_process=trainer.is_world_process_zero(),
-        metrics=dict(outcome.metrics),
-    )
-    if settings.training.push_to_hub:
-        trainer.push_to_hub(dataset_name=settings.script.dataset_name)
-    trainer.accelerator.end_training()
-    return result
+    return train_and_save(build_trainer(settings), settings.training, settings.script.dataset_name)
 
 
 def build_trainer(settings: SFTRun) -> Any:
@@ -154,34 +111,15 @@ def build_trainer(settings: SFTRun) -> Any:
     callback = SAEPenaltyCallback(suite, features, config=settings.penalty, monitor_features=monitors)
 
     args = settings.training
-    model_kwargs = {
-        "revision": settings.model.model_revision,
-        "attn_implementation": settings.model.attn_implementation,
-        "dtype": settings.model.dtype,
-        # TRL moved this field from ModelConfig to its trainers' configurations in 1.x.
-        "trust_remote_code": getattr(settings.model, "trust_remote_code", getattr(args, "trust_remote_code", False)),
-    }
-    args.model_init_kwargs = {
-        **{name: value for name, value in model_kwargs.items() if value is not None},
-        **(args.model_init_kwargs or {}),
-    }
     if settings.data.penalty_group_column:
         args.remove_unused_columns = False
-    extra: dict[str, Any] = {}
-    quantization = trl.get_quantization_config(settings.model)
-    if quantization is not None:
-        if "quantization_config" in inspect.signature(trl.SFTTrainer.__init__).parameters:
-            extra["quantization_config"] = quantization
-        else:
-            args.model_init_kwargs["quantization_config"] = quantization
     try:
-        peft = trl.get_peft_config(settings.model)
+        extra = trainer_kwargs(trl, trl.SFTTrainer, settings.model, args)
         trainer = trl.SFTTrainer(
             model=settings.model.model_name_or_path,
             args=args,
             train_dataset=train,
             eval_dataset=evaluation,
-            peft_config=peft,
             callbacks=[callback],
             **extra,
         )
@@ -196,16 +134,6 @@ def build_trainer(settings: SFTRun) -> Any:
     return trainer
 
 
-def load_features(entries: Sequence[str]) -> FeatureSet:
-    """Features from one file, or from a list of names.
-
-    Raises:
-        FeatureSetError: As `FeatureSet.load`.
-    """
-    one_file = len(entries) == 1 and Path(entries[0]).suffix in (".yaml", ".yml", ".json")
-    return FeatureSet.load(entries[0] if one_file else list(entries))
-
-
 def load_data(settings: SFTRun, features: FeatureSet) -> tuple[Any, Any]:
     """Training and evaluation dataset; the latter is None without evaluation.
 
@@ -213,53 +141,12 @@ def load_data(settings: SFTRun, features: FeatureSet) -> tuple[Any, Any]:
         DataError: If a dataset cannot be loaded, is empty, or lacks a column.
         ConfigError: If the group column names none of the features' groups.
     """
-    script, args = settings.script, settings.training
-    named = (script.dataset_name, script.dataset_config)
-    train = load_split(*named, script.dataset_train_split, script.dataset_streaming)
-    evaluation = None
-    if str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no":
-        if settings.data.data_eval_path:
-            evaluation = load_split(settings.data.data_eval_path, None, "train", False)
-        else:
-            evaluation = load_split(*named, script.dataset_test_split, script.dataset_streaming)
+    args = settings.training
+    train, evaluation = load_both(settings.script, args, settings.data.data_eval_path)
     for dataset in (train, evaluation):
         if dataset is not None:
             _check_columns(dataset, args.dataset_text_field, settings.data.penalty_group_column, features)
     return train, evaluation
-
-
-def load_split(name: str, config: str | None, split: str, streaming: bool) -> Any:
-    """One split of a local file, a local folder or a Hub dataset.
-
-    Args:
-        name: File (`.json`, `.jsonl`, `.parquet`, `.csv`, `.txt`, also compressed), folder, or Hub id.
-        config: Configuration of a Hub dataset.
-        split: Split, also a part of one such as `train[:1000]`. A single file has only `train`.
-        streaming: Whether to stream instead of preparing the whole dataset.
-
-    Raises:
-        DataError: If there is no such file, dataset or split, it cannot be read, or is empty.
-    """
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    path = Path(name)
-    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in _COMPRESSED]
-    builder = _BUILDERS.get(suffixes[-1] if suffixes else "")
-    if path.is_file() and builder is None:
-        raise DataError(f"'{name}' is of no known kind. Known: {', '.join(_BUILDERS)}, also compressed.")
-    if not path.exists() and (builder is not None or name.count("/") > 1 or name.startswith(".")):
-        raise DataError(f"No data at '{name}'. Paths are relative to '{Path.cwd()}'.")
-    source = {"path": builder, "data_files": str(path)} if path.is_file() else {"path": name, "name": config}
-    try:
-        dataset = load_dataset(**source, split=split, streaming=streaming)
-    except StopIteration as err:
-        raise DataError(f"Split `{split}` of '{name}' is empty.") from err
-    except (OSError, ValueError, TypeError, DatasetsError) as err:
-        raise DataError(f"Split `{split}` of '{name}' cannot be loaded: {err}") from err
-    if not streaming and len(dataset) == 0:
-        raise DataError(f"Split `{split}` of '{name}' is empty.")
-    return dataset
 
 
 def _check_columns(dataset: Any, text_field: str, group_column: str | None, features: FeatureSet) -> None:

@@ -14,7 +14,8 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from qscope_trl import FeatureSet, SAESuite
-from qscope_trl.analysis.discovery import find_features, format_table
+from qscope_trl.analysis.discovery import find_features
+from qscope_trl.analysis.find_run import format_table
 from qscope_trl.analysis.texts import prepare_group
 from qscope_trl.errors import CheckpointError, ConfigError, DataError, ModelStructureError
 from qscope_trl.hooks.layers import find_layers

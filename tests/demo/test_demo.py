@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qscope_trl import FeatureSet
-from qscope_trl.demo import recipe, run, show
+from qscope_trl.demo import grpo_run, recipe, run, show
 from qscope_trl.errors import ConfigError
 
 
@@ -103,3 +103,42 @@ def test_the_table_gives_means_and_spread_and_the_step_time_ratio() -> None:
     text = show.table({"plain": [result(0.2, 2.0), result(0.4, 2.0)], "penalty": [slow, slow]})
     assert "| 30.00 ± 14.14 |" in text
     assert "| 1.20 ± 0.00x |" in text
+
+
+def test_grpo_demo_runs_every_arm_and_tells(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = replace(
+        recipe.GRPO_RECIPE, steps=2, batch_size=8, num_generations=4, generations=8, new_tokens=6, find_texts=40,
+        evaluate_every=1,
+    )  # fmt: skip
+    monkeypatch.setattr(recipe, "GRPO_RECIPE", small)
+    assert run.main(["grpo", "--output", str(tmp_path), "--arms", ",".join(grpo_run.ALL_ARMS)]) == 0
+    shown = capsys.readouterr().out
+    results = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "results").iterdir()}
+    for arm in grpo_run.ALL_ARMS:
+        assert f"| {arm}: " in shown
+        assert [point["step"] for point in results[f"{arm}-0"]["curve"]] == [0, 1, 2]
+    assert len({result["curve"][0]["loss"] for result in results.values()}) == 1
+    assert "sae/rollouts/steered_advantage" in results["steered-0"]["policy"]
+    assert not results["rule-0"]["policy"]
+    assert (tmp_path / "figure.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--arms", "rule,magic"], r"Unknown arm `magic`. Choose of rule, rule-fast"),
+        (["--seeds", "0"], r"`--seeds` and `--steps` are 1 or more"),
+    ],
+)
+def test_bad_flags_of_the_grpo_demo_are_refused(flags: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run.main(["grpo", *flags])
+
+
+def test_the_rule_reads_text_alone() -> None:
+    from qscope_trl.demo.grpo_arms import rule
+
+    texts = ["An ordinary sentence about printing.", "Click 确定按钮 now.", "go on and go on and go on and go on and"]
+    assert rule(texts) == [1.0, 0.0, 0.0]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -88,6 +89,20 @@ def test_multimodal_wrapper_is_read_at_its_language_model() -> None:
     with ResidualHook(model, [1]) as hook, hook.listen() as captures:
         model(input_ids=ids(), use_cache=False)
     assert captures[0].residuals[1].shape == (2, 7, D_MODEL)
+    # The decoder gets embeddings; what they are embeddings of is known all the same.
+    assert torch.equal(captures[0].input_ids, ids())
+
+
+def test_engine_with_a_configuration_of_its_own_is_unwrapped() -> None:
+    """As DeepSpeed's engine: `module` holds the model, `config` is not the model's."""
+
+    class Engine(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module, self.config = module, {"train_batch_size": 1}
+
+    model = AutoModelForCausalLM.from_config(tiny_config("qwen3"))
+    assert find_layers(Engine(model))[0] is model.model.layers[0]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

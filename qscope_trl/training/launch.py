@@ -1,0 +1,161 @@
+"""What `qscope sft` and `qscope grpo` share: data, features, the model's settings, and the end of a run."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qscope_trl.errors import ConfigError, DataError
+from qscope_trl.features import FeatureSet
+
+_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a run left.
+
+    Args:
+        output_dir: Folder with the trained model or adapter.
+        is_main_process: Whether this process speaks for the run.
+        metrics: The trainer's final training metrics.
+    """
+
+    output_dir: str
+    is_main_process: bool
+    metrics: dict[str, float]
+
+
+def use_cpu_if_alone() -> None:
+    """Let accelerate join several processes on a machine without a GPU.
+
+    Started by `accelerate launch` with a GPU configuration there, it would let each process train a model of its own,
+    without a word; told to use the CPU, it joins them by gloo.
+    """
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if "LOCAL_RANK" in os.environ and (accelerator is None or accelerator.type == "mps"):
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+
+
+def load_features(entries: Sequence[str]) -> FeatureSet:
+    """Features from one file, or from a list of names.
+
+    Raises:
+        FeatureSetError: As `FeatureSet.load`.
+    """
+    one_file = len(entries) == 1 and Path(entries[0]).suffix in (".yaml", ".yml", ".json")
+    return FeatureSet.load(entries[0] if one_file else list(entries))
+
+
+def load_split(name: str, config: str | None, split: str, streaming: bool) -> Any:
+    """One split of a local file, a local folder or a Hub dataset.
+
+    Args:
+        name: File (`.json`, `.jsonl`, `.parquet`, `.csv`, `.txt`, also compressed), folder, or Hub id.
+        config: Configuration of a Hub dataset.
+        split: Split, also a part of one such as `train[:1000]`. A single file has only `train`.
+        streaming: Whether to stream instead of preparing the whole dataset.
+
+    Raises:
+        DataError: If there is no such file, dataset or split, it cannot be read, or is empty.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    path = Path(name)
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in _COMPRESSED]
+    builder = _BUILDERS.get(suffixes[-1] if suffixes else "")
+    if path.is_file() and builder is None:
+        raise DataError(f"'{name}' is of no known kind. Known: {', '.join(_BUILDERS)}, also compressed.")
+    if not path.exists() and (builder is not None or name.count("/") > 1 or name.startswith(".")):
+        raise DataError(f"No data at '{name}'. Paths are relative to '{Path.cwd()}'.")
+    source = {"path": builder, "data_files": str(path)} if path.is_file() else {"path": name, "name": config}
+    try:
+        dataset = load_dataset(**source, split=split, streaming=streaming)
+    except StopIteration as err:
+        raise DataError(f"Split `{split}` of '{name}' is empty.") from err
+    except (OSError, ValueError, TypeError, DatasetsError) as err:
+        raise DataError(f"Split `{split}` of '{name}' cannot be loaded: {err}") from err
+    if not streaming and len(dataset) == 0:
+        raise DataError(f"Split `{split}` of '{name}' is empty.")
+    return dataset
+
+
+def trainer_kwargs(trl: Any, trainer_class: Any, model: Any, args: Any) -> dict[str, Any]:
+    """Put the model's settings into `args.model_init_kwargs`, and return what the trainer takes as arguments.
+
+    Args:
+        trl: The module.
+        trainer_class: The trainer that will be built.
+        model: `trl.ModelConfig`.
+        args: The trainer's configuration; changed.
+    """
+    model_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        # TRL moved this field from ModelConfig to its trainers' configurations in 1.x.
+        "trust_remote_code": getattr(model, "trust_remote_code", getattr(args, "trust_remote_code", False)),
+    }
+    args.model_init_kwargs = {
+        **{name: value for name, value in model_kwargs.items() if value is not None},
+        **(args.model_init_kwargs or {}),
+    }
+    extra: dict[str, Any] = {"peft_config": trl.get_peft_config(model)}
+    quantization = trl.get_quantization_config(model)
+    if quantization is not None:
+        if "quantization_config" in inspect.signature(trainer_class.__init__).parameters:
+            extra["quantization_config"] = quantization
+        else:
+            args.model_init_kwargs["quantization_config"] = quantization
+    return extra
+
+
+def evaluates(args: Any) -> bool:
+    """Whether the run evaluates while it trains."""
+    return str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
+
+
+def refuse_unused_evaluation(data_eval_path: str | None, args: Any) -> None:
+    """Raise `ConfigError` for evaluation data that would never be used."""
+    if data_eval_path and not evaluates(args):
+        raise ConfigError(
+            "`data_eval_path` is set, but `eval_strategy` is 'no', so it would never be used. Set `eval_strategy` to "
+            "'steps' or 'epoch'."
+        )
+
+
+def load_both(script: Any, args: Any, data_eval_path: str | None) -> tuple[Any, Any]:
+    """Training and evaluation dataset; the latter is None without evaluation. Errors as `load_split`."""
+    named = (script.dataset_name, script.dataset_config)
+    train = load_split(*named, script.dataset_train_split, script.dataset_streaming)
+    if not evaluates(args):
+        return train, None
+    if data_eval_path:
+        return train, load_split(data_eval_path, None, "train", False)
+    return train, load_split(*named, script.dataset_test_split, script.dataset_streaming)
+
+
+def train_and_save(trainer: Any, args: Any, dataset_name: str) -> RunResult:
+    """Train, save the model to `output_dir`, push it if asked to, and end."""
+    resume = args.resume_from_checkpoint
+    if isinstance(resume, str) and resume.lower() in ("true", "false"):
+        resume = resume.lower() == "true"
+    outcome = trainer.train(resume_from_checkpoint=resume or None)
+    trainer.save_model(args.output_dir)
+    result = RunResult(
+        output_dir=args.output_dir,
+        is_main_process=trainer.is_world_process_zero(),
+        metrics=dict(outcome.metrics),
+    )
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=dataset_name)
+    trainer.accelerator.end_training()
+    return result

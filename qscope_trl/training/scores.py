@@ -1,0 +1,389 @@
+"""What rollouts show to frozen SAEs, harvested from forwards that a GRPO step makes anyway.
+
+Between generation and rewards TRL may run the policy (old log-probabilities) and the reference model over whole
+rollouts. A listener reads the chosen features there, at the end of each forward, and keeps no residual. Only if the
+forward that a reader needs does not happen is one more made, without gradient. Left out: what becomes of the scores;
+that is `rewards` and `rollouts`.
+
+Shape legend: `B` rows, `T` positions of prompt and completion, `C` completion tokens of one rollout, `S` features.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qscope_trl.config import PENALTY_KINDS, READERS
+from qscope_trl.errors import AttachError, ConfigError, PenaltySelfCheckError
+from qscope_trl.features import FeatureSet
+from qscope_trl.hooks.residual import Capture, ResidualHook
+from qscope_trl.sae.suite import SAESuite
+from qscope_trl.training.generations import (
+    RolloutActivations,
+    Rollouts,
+    find_rollouts,
+    last_logits,
+    read_generation,
+    refuse_unknown_shape,
+    shows_frozen,
+)
+from qscope_trl.training.opening import open_features
+from qscope_trl.training.penalty import PENALTIES, LayerFeatures
+
+ACTIVATIONS_KEY = "sae_activations"
+"""Keyword of reward functions: for each rollout a mapping from reader's name to `RolloutActivations`, or None."""
+
+_ATTRIBUTE = "_qscope_rollout_scoring"
+_log = logging.getLogger("qscope_trl")
+
+
+class FeatureReader:
+    """Which features are read from rollouts, and on which model.
+
+    Args:
+        features: `FeatureSet`, path to one, or a list of names like `L12F345`.
+        saes: Hub id, folder, file, or an open `SAESuite`.
+        name: What its scores are called in logs and for reward functions.
+        kind: `preact_hinge` or `topk_act`, the per-token score, as in `PenaltyConfig.penalty_kind`.
+        reader: `frozen` reads the model before this training (LoRA: adapters off; full fine-tuning: the reference
+            model), `policy` the model in training. A frozen reader cannot be gamed by moving the representation.
+        sae_revision: Commit, tag or branch of a Hub repository.
+        sae_k: Active features per token, where the SAE's name does not say.
+
+    Raises:
+        ConfigError: If a setting does not fit.
+        FeatureSetError: If the feature file is unreadable.
+    """
+
+    def __init__(
+        self,
+        features: FeatureSet | str | os.PathLike[str] | Sequence[str],
+        saes: SAESuite | str | os.PathLike[str],
+        *,
+        name: str = "feature_reward",
+        kind: str = "preact_hinge",
+        reader: str = "frozen",
+        sae_revision: str | None = None,
+        sae_k: int | None = None,
+    ) -> None:
+        for setting, value, allowed in (("kind", kind, PENALTY_KINDS), ("reader", reader, READERS)):
+            if value not in allowed:
+                raise ConfigError(f"`{setting}` is {value!r}; choose one of {', '.join(allowed)}.")
+        self.features = FeatureSet.load(features)
+        self.saes = saes
+        self.name = name
+        self.kind = kind
+        self.reader = reader
+        self.sae_revision = sae_revision
+        self.sae_k = sae_k
+
+    def suite(self) -> SAESuite:
+        """The SAEs, opened for the features' layers."""
+        return SAESuite.from_pretrained(
+            self.saes, layers=self.features.layers, revision=self.sae_revision, k=self.sae_k
+        )
+
+
+class RolloutScoring:
+    """Reads features from the rollouts of one GRPO or RLOO trainer.
+
+    Use `RolloutScoring.of(trainer)`; `SAEGRPOTrainer` and `FeatureReward` do. It wraps three methods of the trainer
+    object and hooks the model only while rollouts are scored.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        refuse_unknown_shape(trainer)
+        self.trainer = trainer
+        self.readers: dict[str, FeatureReader] = {}
+        self.num_forwards = 0
+        self.policy: Any = None
+        self.scores: list[Mapping[str, RolloutActivations] | None] = []
+        self._opened: dict[str, dict[int, LayerFeatures]] = {}
+        self._rollouts: Rollouts | None = None
+        self._window: ExitStack | None = None
+        self._listening: ExitStack | None = None
+        self._said = False
+        for name, wrapper in (
+            ("_generate", self._wrap_generate),
+            ("_generate_and_score_completions", self._wrap_score),
+            ("_calculate_rewards", self._wrap_rewards),
+        ):
+            setattr(trainer, name, wrapper(getattr(trainer, name)))
+        setattr(trainer, _ATTRIBUTE, self)
+
+    @classmethod
+    def of(cls, trainer: Any) -> RolloutScoring:
+        """The trainer's scoring; made on the first call.
+
+        Raises:
+            AttachError: If the trainer's methods are not as in the versions this package knows.
+        """
+        found = getattr(trainer, _ATTRIBUTE, None)
+        return found if isinstance(found, RolloutScoring) else cls(trainer)
+
+    def add(self, reader: FeatureReader) -> None:
+        """Read these features too; a second call with the same reader does nothing.
+
+        Raises:
+            ConfigError: If another reader has the same name.
+        """
+        known = self.readers.get(reader.name)
+        if known is not None and known is not reader:
+            raise ConfigError(f"Two feature readers are called `{reader.name}`. Give one of them another `name`.")
+        self.readers[reader.name] = reader
+
+    def open(self) -> None:
+        """Open the SAEs of all readers and check that the models they read exist; again after a change only.
+
+        Raises:
+            AttachError: If a reader's model does not exist, or its SAEs do not fit.
+            FeatureSetError: If the features belong to another model or SAE.
+            CheckpointError: If the SAEs cannot be read.
+        """
+        for name, reader in self.readers.items():
+            if name not in self._opened:
+                if reader.reader == "frozen":
+                    self._frozen_model()
+                divides = getattr(self.trainer, "multi_objective_aggregation", None) == "normalize_then_sum"
+                if divides and getattr(reader, "schedule", "constant") != "constant":
+                    raise AttachError(
+                        f"`multi_objective_aggregation='normalize_then_sum'` divides every reward by its own spread, "
+                        f"so the schedule of `{name}` would change nothing. Use `sum_then_normalize`."
+                    )
+                model = self.trainer.model
+                self._opened[name] = open_features(model, reader.suite(), reader.features, (), reader.kind)
+
+    # --- what is wrapped -----------------------------------------------------------------------------------------
+
+    def _wrap_score(self, original: Any) -> Any:
+        @functools.wraps(original)
+        def generate_and_score(inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            self.open()
+            if any(key in inputs[0] for key in ("image", "images")):
+                raise AttachError(
+                    "Rollouts with images cannot be scored: their tokens are not in the token ids. Train without "
+                    "feature rewards and rollout policies, or on text."
+                )
+            self.scores, self._rollouts = [], None
+            with ExitStack() as window:
+                self._window = window
+                try:
+                    output = original(inputs, *args, **kwargs)
+                finally:
+                    self._window = self._listening = None
+            self._rollouts = None
+            if self.policy is not None:
+                self.policy.after_scoring(self.trainer, output, self.scores)
+            return output
+
+        return generate_and_score
+
+    def _wrap_generate(self, original: Any) -> Any:
+        @functools.wraps(original)
+        def generate(prompts: Any, *args: Any, **kwargs: Any) -> Any:
+            if self._window is None:
+                return original(prompts, *args, **kwargs)
+            if self.policy is None:
+                output = original(prompts, *args, **kwargs)
+            else:
+                with self.policy.generating(self.trainer, len(prompts)):
+                    output = original(prompts, *args, **kwargs)
+            self._rollouts = read_generation(output, len(prompts))
+            self._listening = self._window.enter_context(ExitStack())
+            self._listening.enter_context(self._listen())
+            return output
+
+        return generate
+
+    def _wrap_rewards(self, original: Any) -> Any:
+        @functools.wraps(original)
+        def calculate_rewards(inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            if self._rollouts is None or self._listening is None:
+                return original(inputs, *args, **kwargs)
+            self._read_missing()
+            self._listening.close()
+            self.scores = self._collect()
+            rows = [{**row, ACTIVATIONS_KEY: scores} for row, scores in zip(inputs, self.scores, strict=True)]
+            rewards = original(rows, *args, **kwargs)
+            return rewards if self.policy is None else self.policy.after_rewards(self.trainer, rewards, self.scores)
+
+        return calculate_rewards
+
+    # --- reading -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _listen(self) -> Iterator[None]:
+        """Read every whole-rollout forward that runs inside."""
+        reference = getattr(self.trainer, "ref_model", None)
+        sources = {reader.reader for reader in self.readers.values()}
+        with ExitStack() as stack:
+            for model, source in ((self.trainer.model, None), (reference, "frozen")):
+                if model is None or (source is not None and source not in sources):
+                    continue
+                layers = sorted({layer for opened in self._opened.values() for layer in opened})
+                hook = stack.enter_context(ResidualHook(model, layers))
+                stack.enter_context(hook.listen(functools.partial(self._read, model, source)))
+            yield
+
+    @torch.no_grad()
+    def _read(self, model: Any, source: str | None, capture: Capture) -> None:
+        rollouts = self._rollouts
+        if rollouts is None or capture.has_grad or capture.input_ids is None:
+            return
+        if source is None:
+            source = "frozen" if shows_frozen(model) else "policy"
+        wanted = {name: reader for name, reader in self.readers.items() if reader.reader == source}
+        if not wanted:
+            return
+        first = rollouts.next_row[source]
+        places = find_rollouts(capture.input_ids.tolist(), rollouts, first)
+        if places is None:
+            return
+        rollouts.next_row[source] += len(places)
+        rows = rollouts.found.setdefault(source, [None] * len(rollouts.completions))
+        mask = capture.attention_mask
+        for name, reader in wanted.items():
+            read = self._read_features(name, reader.kind, capture)
+            for row, start in enumerate(places):
+                number = first + row
+                completion = rollouts.completions[number]
+                span = slice(start, start + len(completion))
+                seen = mask is None or bool(mask[row, span].all())
+                if not completion or not seen:
+                    continue
+                generated = [1] * len(completion) if rollouts.generated is None else rollouts.generated[number]
+                keep = torch.tensor(generated, dtype=torch.bool)
+                if start == 0:
+                    keep[0] = False
+                values, active, score = (tensor[row, span] for tensor in read)
+                entry = rows[number] = rows[number] or {}
+                ids = reader.features.ids
+                entry[name] = RolloutActivations(ids, values, active, score, keep.to(score.device))
+
+    def _read_features(self, name: str, kind: str, capture: Capture) -> tuple[Tensor, Tensor, Tensor]:
+        values, active, score = [], [], []
+        opened = self._opened[name]
+        for layer, chosen in opened.items():
+            residual = capture.residuals[layer]
+            if chosen.W_SD.device != residual.device:
+                chosen = opened[layer] = chosen.to(residual.device)
+            terms = PENALTIES[kind](residual, chosen)
+            values.append(terms.values_BTS)
+            active.append(terms.active_BTS)
+            score.append(terms.penalty_BT.float())
+        first = score[0].device
+        return (
+            torch.cat([v.float().to(first) for v in values], dim=-1),
+            torch.cat([a.to(first) for a in active], dim=-1),
+            torch.stack([s.to(first) for s in score]).sum(0),
+        )
+
+    def _read_missing(self) -> None:
+        """One forward without gradient for each source that a reader needs and no forward has shown."""
+        rollouts = self._rollouts
+        if rollouts is None:
+            return
+        num_rows = len(rollouts.completions)
+        sources = {reader.reader for reader in self.readers.values()}
+        missing = sorted(source for source in sources if rollouts.next_row[source] < num_rows)
+        if not self._said:
+            self._said = True
+            for source in sorted(sources):
+                way = "one more forward a generation" if source in missing else "a forward TRL makes anyway"
+                _log.warning("qscope_trl: rollouts are scored on the %s model by %s.", source, way)
+            if "policy" in sources and getattr(self.trainer, "beta", 0.0) == 0:
+                _log.warning(
+                    "qscope_trl: features are read on the model in training, and `beta=0` holds it to nothing. It can "
+                    "move its features instead of its behaviour; watch a monitor that reads text."
+                )
+        for source in missing:
+            rollouts.next_row[source] = 0
+            self._forward(source, rollouts)
+            if rollouts.next_row[source] != num_rows:
+                raise PenaltySelfCheckError(
+                    f"The scoring forward showed {rollouts.next_row[source]} of {num_rows} rollouts: the hooks did "
+                    f"not fire. A compiled model keeps the hooks it was compiled with; train without `torch_compile`."
+                )
+
+    def _forward(self, source: str, rollouts: Rollouts) -> None:
+        trainer = self.trainer
+        tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+        training = trainer.model.training
+        size = trainer.args.per_device_train_batch_size if training else trainer.args.per_device_eval_batch_size
+        prompt_width = max(len(ids) for ids in rollouts.prompts)
+        # As TRL does in its own forwards, so that what is scored does not depend on whose forward showed it.
+        masks_truncated = getattr(trainer.args, "mask_truncated_completions", False)
+        ends = {tokenizer.pad_token_id, *(getattr(trainer, "eos_token_ids", None) or [trainer.eos_token_id])}
+        rows, masks = [], []
+        width = max(len(ids) for ids in rollouts.completions)
+        for prompt, completion in zip(rollouts.prompts, rollouts.completions, strict=True):
+            left, right = prompt_width - len(prompt), width - len(completion)
+            pad = tokenizer.pad_token_id
+            rows.append([pad] * left + prompt + completion + [pad] * right)
+            attended = int(not (masks_truncated and completion and completion[-1] not in ends))
+            masks.append([0] * left + [1] * len(prompt) + [attended] * len(completion) + [0] * right)
+        device = trainer.accelerator.device
+        ids_BT, mask_BT = torch.tensor(rows, device=device), torch.tensor(masks, device=device)
+        with torch.no_grad(), self._reading(source) as model:
+            for start in range(0, len(rows), size):
+                chunk = slice(start, start + size)
+                model(input_ids=ids_BT[chunk], attention_mask=mask_BT[chunk], use_cache=False, **last_logits(model, 1))
+        self.num_forwards += 1
+
+    @contextmanager
+    def _reading(self, source: str) -> Iterator[Any]:
+        """The model to run for a source, in the state that shows it."""
+        model = self.trainer.model
+        if source == "policy":
+            yield model
+            return
+        reference = self._frozen_model()
+        if reference is not model:
+            yield reference
+            return
+        adapted = self.trainer.accelerator.unwrap_model(model)
+        if "ref" in adapted.peft_config:
+            before = adapted.active_adapter
+            adapted.set_adapter("ref")
+            try:
+                yield model
+            finally:
+                adapted.set_adapter(before)
+            return
+        with adapted.disable_adapter():
+            yield model
+
+    def _frozen_model(self) -> Any:
+        """The model before this training: the reference model, or the policy with its adapters off."""
+        reference = getattr(self.trainer, "ref_model", None)
+        if reference is not None:
+            if getattr(self.trainer.args, "sync_ref_model", False):
+                raise AttachError(
+                    "`sync_ref_model` moves the reference model after the policy, so `reader='frozen'` would follow "
+                    "the training. Turn it off, or choose `reader='policy'`."
+                )
+            return reference
+        if getattr(self.trainer.accelerator.unwrap_model(self.trainer.model), "peft_config", None):
+            return self.trainer.model
+        raise AttachError(
+            "`reader='frozen'` needs the model as it was before this training, and full fine-tuning with `beta=0` "
+            "keeps none. Set `beta` above 0 (TRL then keeps a reference model), train with LoRA, or choose "
+            "`reader='policy'`."
+        )
+
+    def _collect(self) -> list[Mapping[str, RolloutActivations] | None]:
+        rollouts = self._rollouts
+        if rollouts is None:
+            return []
+        merged: list[dict[str, RolloutActivations]] = [{} for _ in rollouts.completions]
+        for rows in rollouts.found.values():
+            for entry, found in zip(merged, rows, strict=True):
+                entry.update(found or {})
+        return [entry or None for entry in merged]

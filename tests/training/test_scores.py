@@ -1,0 +1,374 @@
+"""Rollout scores: equal to a fresh forward, at the promised number of forwards, and nothing left behind."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+from trl import GRPOTrainer, RLOOConfig, RLOOTrainer
+
+from qscope_trl import FeatureReward
+from qscope_trl.errors import AttachError, ConfigError, FeatureSetError
+from qscope_trl.training.generations import Rollouts, find_rollouts, read_generation
+from qscope_trl.training.scores import RolloutScoring
+from tests.tiny import K, tiny_model, tiny_tokenizer, write_saes
+from tests.training.harness import train
+from tests.training.rollout_harness import (
+    FEATURES,
+    Recorder,
+    features,
+    fresh_values,
+    grpo_trainer,
+    token_scores,
+)
+from tests.training.test_equality import lora
+
+TOLERANCE = 2e-6
+"""Relative; fp32, another order of the same sums because of padding and batching."""
+
+
+@pytest.fixture(scope="module")
+def saes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_saes(tmp_path_factory.mktemp("saes"))
+
+
+def reward(saes: Path, **settings: Any) -> FeatureReward:
+    return FeatureReward(features(), saes, sae_k=K, **settings)
+
+
+class FullForwards:
+    """Counts rows of whole-rollout forwards without gradient, outside the package's own counting."""
+
+    def __init__(self, *models: Any) -> None:
+        self.rows = 0
+        for model in models:
+            model.get_decoder().register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, _module: Any, args: Any, kwargs: Any) -> None:
+        ids = args[0] if args else kwargs["input_ids"]
+        if not torch.is_grad_enabled() and not kwargs.get("use_cache", False):
+            self.rows += ids.shape[0]
+
+
+SETTINGS = {
+    # name: (model, reader, GRPO settings, forwards of ours per generation)
+    "policy, old log-probabilities": ("full", "policy", {"num_iterations": 2}, 0),
+    "policy, aligned": ("full", "policy", {}, 1),
+    "frozen, full, reference model": ("full", "frozen", {"beta": 0.1}, 0),
+    "frozen, LoRA, reference pass": ("lora", "frozen", {"beta": 0.1}, 0),
+    "frozen, LoRA, no reference pass": ("lora", "frozen", {}, 1),
+    "frozen, LoRA, old log-probabilities do not count": ("lora", "frozen", {"num_iterations": 2}, 1),
+    "policy, LoRA, both passes": ("lora", "policy", {"num_iterations": 2, "beta": 0.1}, 0),
+    "frozen, LoRA trained further, TRL's copy": ("adapted", "frozen", {"beta": 0.1}, 0),
+    "steps per generation": ("full", "policy", {"steps_per_generation": 2, "max_steps": 4}, 0),
+}
+
+
+def disturb(model: Any) -> None:
+    """Make the policy differ from the model it started from."""
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(3)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and ("lora_B" in name or "lora" not in name):
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+def saved(tmp_path: Path) -> Any:
+    """A model on disk: TRL loads its reference model from where the policy came from."""
+    folder = tmp_path / "model"
+    if not folder.is_dir():
+        tiny_model().save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def new_adapter() -> LoraConfig:
+    return LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def twin(trainer: Any, kind: str) -> Any:
+    """The trainer's weights in another model; a deep copy of what TRL patched would run the original's modules."""
+    other = {
+        "full": tiny_model,
+        "adapted": lambda: lora(tiny_model()),
+        "lora": lambda: get_peft_model(tiny_model(), new_adapter()),
+    }[kind]()
+    other.load_state_dict({k: v for k, v in trainer.model.state_dict().items() if ".ref." not in k})
+    return other
+
+
+def start(kind: str, tmp_path: Path, rewards: list[Any], changes: dict[str, Any]) -> Any:
+    if kind == "lora":
+        return grpo_trainer(tmp_path, rewards, model=saved(tmp_path), peft_config=new_adapter(), **changes)
+    model = lora(saved(tmp_path)) if kind == "adapted" else saved(tmp_path)
+    return grpo_trainer(tmp_path, rewards, model=model, **changes)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_scores_equal_a_fresh_forward_and_forwards_are_counted(setting: str, saes: Path, tmp_path: Path) -> None:
+    kind, reader, changes, own = SETTINGS[setting]
+    recorder = Recorder()
+    trainer = start(kind, tmp_path, [recorder, reward(saes, reader=reader)], changes)
+    frozen = tiny_model()
+    if kind == "adapted":
+        if "ref" not in trainer.model.peft_config:
+            pytest.skip("this TRL keeps no copy of a given adapter, so its reference has all adapters off")
+        frozen = lora(tiny_model())
+        frozen.load_state_dict({k: v for k, v in trainer.model.state_dict().items() if ".ref." not in k})
+    disturb(trainer.model)
+    wanted_model = frozen if reader == "frozen" else twin(trainer, kind)
+    references = [trainer.ref_model] if trainer.ref_model is not None else []
+    counted = FullForwards(trainer.model, *references)
+    plain = start(kind, tmp_path, [Recorder()], changes)
+    baseline = FullForwards(plain.model, *([plain.ref_model] if plain.ref_model is not None else []))
+    train(trainer)
+    train(plain)
+    rows = sum(len(call["completion_ids"]) for call in recorder.calls)
+    assert rows > 0
+    assert RolloutScoring.of(trainer).num_forwards == own * len(recorder.calls)
+    assert counted.rows - baseline.rows == own * rows
+    tokenizer = tiny_tokenizer()
+    # Weights do not move (learning rate 0): every generation saw the same models.
+    for call in recorder.calls:
+        for prompt, completion, scores in zip(
+            call["prompts"], call["completion_ids"], call["sae_activations"], strict=True
+        ):
+            found = scores["feature_reward"]
+            wanted = fresh_values(wanted_model, tokenizer(prompt).input_ids, completion)
+            assert found.values_CS.shape == (len(completion), len(FEATURES))
+            assert float((found.values_CS - wanted).abs().max() / wanted.abs().max()) < TOLERANCE
+            assert torch.allclose(found.score_C, token_scores(wanted), atol=1e-5)
+            assert found.generated_C.all()
+
+
+def test_reading_the_other_model_would_be_noticed(saes: Path, tmp_path: Path) -> None:
+    """The test above can fail: policy and frozen model differ by far more than its tolerance."""
+    policy = lora(tiny_model())
+    disturb(policy)
+    ids, completion = [3, 4], [5, 6, 7]
+    moved = fresh_values(policy, ids, completion)
+    with policy.disable_adapter():
+        base = fresh_values(policy, ids, completion)
+    assert float((moved - base).abs().max() / base.abs().max()) > 1e-2
+
+
+def hook_count(model: torch.nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def test_no_hook_remains_and_rows_are_not_changed(saes: Path, tmp_path: Path) -> None:
+    recorder = Recorder()
+    trainer = grpo_trainer(tmp_path, [recorder, reward(saes, reader="policy")])
+    before = hook_count(trainer.model)
+    train(trainer)
+    assert hook_count(trainer.model) == before
+    assert recorder.calls[0]["number"] is not None
+
+
+def test_no_hook_remains_after_an_error(saes: Path, tmp_path: Path) -> None:
+    def failing(**_: Any) -> list[float]:
+        raise RuntimeError("reward broke")
+
+    trainer = grpo_trainer(tmp_path, [failing, reward(saes, reader="policy")])
+    before = hook_count(trainer.model)
+    with pytest.raises(RuntimeError, match="reward broke"):
+        train(trainer)
+    assert hook_count(trainer.model) == before
+
+
+def test_the_log_says_where_scores_come_from(saes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "qscope_trl"):
+        train(grpo_trainer(tmp_path, [reward(saes, reader="policy")]))
+        train(grpo_trainer(tmp_path, [reward(saes, reader="policy")], num_iterations=2))
+    said = [r.message for r in caplog.records if "rollouts are scored" in r.message]
+    assert said == [
+        "qscope_trl: rollouts are scored on the policy model by one more forward a generation.",
+        "qscope_trl: rollouts are scored on the policy model by a forward TRL makes anyway.",
+    ]
+
+
+@pytest.mark.parametrize("num_iterations", [1, 2], ids=["own forward", "TRL's forward"])
+def test_truncated_completions_whose_attention_is_masked_get_none(
+    num_iterations: int, saes: Path, tmp_path: Path
+) -> None:
+    recorder = Recorder()
+    trainer = grpo_trainer(
+        tmp_path,
+        [recorder, reward(saes, reader="policy")],
+        num_iterations=num_iterations,
+        mask_truncated_completions=True,
+    )
+    train(trainer)
+    call = recorder.calls[0]
+    truncated = [ids[-1] not in (0, 1) for ids in call["completion_ids"]]
+    assert any(truncated)
+    assert [scores is None for scores in call["sae_activations"]] == truncated
+
+
+class ToolTrainer(GRPOTrainer):  # type: ignore[misc]
+    """Generates as TRL does, and says that the second token of every completion came from a tool."""
+
+    def _generate(self, prompts: Any, *args: Any) -> Any:
+        output = list(super()._generate(prompts, *args))
+        output[2] = [[int(n != 1) for n in range(len(ids))] for ids in output[1]]
+        return tuple(output)
+
+
+@pytest.mark.skipif("not __import__('trl').__version__ >= '1.'", reason="TRL before 1.0 knows no tool mask")
+def test_tool_results_are_not_scored(saes: Path, tmp_path: Path) -> None:
+    recorder = Recorder()
+    train(grpo_trainer(tmp_path, [recorder, reward(saes, reader="policy")], kind=ToolTrainer))
+    masks = [s["feature_reward"].generated_C.tolist() for s in recorder.calls[0]["sae_activations"]]
+    assert masks == [[n != 1 for n in range(len(ids))] for ids in recorder.calls[0]["completion_ids"]]
+
+
+class ForeignEngine(GRPOTrainer):  # type: ignore[misc]
+    """Completions come from elsewhere, as with vLLM: the model that is read never generated them."""
+
+    def _generate(self, prompts: Any, *args: Any) -> Any:
+        output = list(super()._generate(prompts, *args))
+        output[1] = [[7 + n % 5, 8, 9, 1][: 2 + n % 3] for n in range(len(prompts))]
+        return tuple(output)
+
+
+def test_rollouts_of_another_engine_are_scored(saes: Path, tmp_path: Path) -> None:
+    recorder = Recorder()
+    trainer = grpo_trainer(tmp_path, [recorder, reward(saes, reader="policy")], kind=ForeignEngine)
+    policy = twin(trainer, "full")
+    train(trainer)
+    call = recorder.calls[0]
+    for prompt, completion, scores in zip(
+        call["prompts"], call["completion_ids"], call["sae_activations"], strict=True
+    ):
+        wanted = fresh_values(policy, tiny_tokenizer()(prompt).input_ids, completion)
+        found = scores["feature_reward"].values_CS
+        assert float((found - wanted).abs().max() / wanted.abs().max()) < TOLERANCE
+
+
+def test_evaluation_scores_too(saes: Path, tmp_path: Path) -> None:
+    recorder = Recorder()
+    trainer = grpo_trainer(tmp_path, [recorder, reward(saes, reader="policy")])
+    trainer.evaluate(eval_dataset=trainer.train_dataset)
+    assert all(scores is not None for scores in recorder.calls[0]["sae_activations"])
+    assert hook_count(trainer.model) == hook_count(tiny_model())
+
+
+def test_rloo_scores_from_its_own_pass(saes: Path, tmp_path: Path) -> None:
+    recorder = Recorder()
+    trainer = grpo_trainer(tmp_path, [recorder, reward(saes, reader="policy")], kind=RLOOTrainer, config=RLOOConfig)
+    policy = twin(trainer, "full")
+    train(trainer)
+    assert RolloutScoring.of(trainer).num_forwards == 0
+    call = recorder.calls[0]
+    prompt = tiny_tokenizer()(call["prompts"][0]).input_ids
+    wanted = fresh_values(policy, prompt, call["completion_ids"][0])
+    found = call["sae_activations"][0]["feature_reward"].values_CS
+    assert float((found - wanted).abs().max() / wanted.abs().max()) < TOLERANCE
+
+
+def test_frozen_reader_without_a_frozen_model_says_what_to_set(saes: Path, tmp_path: Path) -> None:
+    with pytest.raises(AttachError, match=r"full fine-tuning with `beta=0` keeps none. Set `beta` above 0"):
+        train(grpo_trainer(tmp_path, [reward(saes)]))
+
+
+def test_frozen_reader_of_a_reference_that_moves_is_refused(saes: Path, tmp_path: Path) -> None:
+    with pytest.raises(AttachError, match=r"`sync_ref_model` moves the reference model"):
+        train(grpo_trainer(tmp_path, [reward(saes)], model=saved(tmp_path), beta=0.1, sync_ref_model=True))
+
+
+def test_a_schedule_that_trl_divides_out_is_refused(saes: Path, tmp_path: Path) -> None:
+    chosen = reward(saes, reader="policy", schedule="warmup")
+    trainer = grpo_trainer(tmp_path, [chosen])
+    trainer.multi_objective_aggregation = "normalize_then_sum"
+    with pytest.raises(AttachError, match=r"the schedule of `feature_reward` would change nothing"):
+        train(trainer)
+
+
+def test_a_monitor_leaves_the_rewards_as_they_are(saes: Path, tmp_path: Path) -> None:
+    """A rollout that no reward scores stays without one, also when features are measured beside it."""
+
+    def half(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+        return [None if n % 2 else float(sum(ids) % 7) for n, ids in enumerate(completion_ids)]
+
+    trained: list[dict[str, Any]] = []
+    for rewards in ([half], [half, reward(saes, reader="policy", scale=0.0)]):
+        torch.manual_seed(0)
+        trainer = grpo_trainer(tmp_path, rewards, max_steps=1)
+        original = trainer._generate_and_score_completions
+
+        def watch(inputs: Any, original: Any = original) -> Any:
+            trained.append(original(inputs))
+            return trained[-1]
+
+        trainer._generate_and_score_completions = watch
+        train(trainer)
+    assert torch.equal(trained[0]["advantages"], trained[1]["advantages"])
+    assert trained[0]["advantages"].any()
+
+
+def test_two_readers_of_one_name_are_refused(saes: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"Two feature readers are called `feature_reward`"):
+        grpo_trainer(tmp_path, [reward(saes), reward(saes)])
+
+
+def test_features_of_another_model_are_refused(saes: Path, tmp_path: Path) -> None:
+    chosen = FeatureReward(["L9F1"], write_saes(tmp_path / "more", [9]), sae_k=K, reader="policy")
+    with pytest.raises(FeatureSetError, match=r"L9F1 is out of range: the model has 4 decoder layers"):
+        train(grpo_trainer(tmp_path, [chosen]))
+
+
+class Reshaped(GRPOTrainer):  # type: ignore[misc]
+    def _calculate_rewards(self, batch: Any) -> Any:
+        raise NotImplementedError
+
+
+def test_changed_private_methods_are_refused_when_the_trainer_is_built(saes: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        AttachError, match=r"`Reshaped._calculate_rewards` .* found the parameters \(batch\).*TRL 0.24"
+    ):
+        grpo_trainer(tmp_path, [reward(saes)], kind=Reshaped)
+
+
+def test_unexpected_result_of_generation_is_refused() -> None:
+    with pytest.raises(AttachError, match=r"did not return one list of prompt ids and one of completion ids"):
+        read_generation((torch.zeros(2, 3), [[1], [2]]), 2)
+
+
+def test_images_are_refused(saes: Path, tmp_path: Path) -> None:
+    trainer = grpo_trainer(tmp_path, [reward(saes, reader="policy")])
+    with pytest.raises(AttachError, match=r"Rollouts with images cannot be scored"):
+        trainer._generate_and_score_completions([{"prompt": "w2", "image": None}])
+
+
+@pytest.mark.parametrize(
+    ("rows", "wanted"),
+    [
+        ([[0, 5, 6, 7, 1, 0], [3, 5, 8, 0, 0, 0]], [3, 2]),
+        ([[0, 0, 0, 5, 6, 7, 1], [0, 0, 0, 3, 5, 8, 0]], [5, 5]),
+        ([[5, 6, 7, 1, 0, 0], [3, 5, 9, 0, 0, 0]], None),
+        ([[5, 6, 7, 1]] * 3, None),
+    ],
+)
+def test_rollouts_are_found_whatever_the_padding(rows: list[list[int]], wanted: list[int] | None) -> None:
+    rollouts = Rollouts([[5, 6], [3, 5]], [[7, 1], [8]], None)
+    assert find_rollouts(rows, rollouts, 0) == wanted
+
+
+def test_an_end_token_that_is_also_padding_does_not_shift_the_completion() -> None:
+    rollouts = Rollouts([[1, 5]], [[6, 1]], None)
+    assert find_rollouts([[1, 1, 1, 5, 6, 1, 1, 1]], rollouts, 0) == [4]
+
+
+@pytest.mark.parametrize(("setting", "value"), [("kind", "hinge"), ("reader", "reference")])
+def test_unknown_choices_are_refused(setting: str, value: str, saes: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"`{setting}` is '{value}'; choose one of"):
+        reward(saes, **{setting: value})
+
+
+def test_scores_need_a_trainer_that_reads_them(saes: Path) -> None:
+    with pytest.raises(AttachError, match=r"called without activations"):
+        reward(saes)()

@@ -1,0 +1,75 @@
+"""Rollout policies over two processes: groups that span both are handled as one, and nothing waits for ever."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trl
+from packaging.version import Version
+
+from tests.tiny import write_saes
+from tests.training.rollout_harness import parity
+
+ROOT = Path(__file__).parents[2]
+
+
+def launch(tmp_path: Path, kind: str, cutoff: float = 0.0) -> list[dict[str, Any]]:
+    """What both processes saw; they draw the same rollouts in every launch."""
+    tmp_path.mkdir(exist_ok=True)
+    saes = write_saes(tmp_path / "saes")
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    command += [str(Path(__file__).with_name("two_processes.py")), str(saes), str(tmp_path), kind]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "CUTOFF": str(cutoff),
+    }
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["amplify_negative", "screen", "steered_negative"])
+def test_a_group_over_two_processes_is_one_group(kind: str, tmp_path: Path) -> None:
+    if kind == "screen" and Version(trl.__version__) < Version("1.7"):
+        pytest.skip("counts a missing reward as 0")
+    cutoff = 0.0
+    if kind == "screen":
+        first = launch(tmp_path / "first", "amplify_negative")
+        cutoff = sorted(s for rank in first for s in rank["scores"])[5]
+    ranks = launch(tmp_path, kind, cutoff)
+    ids = [row for rank in ranks for row in rank["ids"]]
+    trained = torch.tensor([a for rank in ranks for a in rank["advantages"]])
+    scores = torch.tensor([s for rank in ranks for s in rank["scores"]])
+    rewards = torch.tensor(parity(ids))
+    assert len(ids) == 8
+    assert ranks[0]["ids"] != ranks[1]["ids"]
+    for rank in ranks:
+        assert rank["items"] == sum(map(len, ids))
+        assert rank["logged"][-8:] == pytest.approx(trained.tolist(), abs=1e-5)
+    if kind == "steered_negative":
+        # One steered rollout, the last of all; its cap is seen by both processes.
+        assert len(ids[-1]) == 3
+        assert max(map(len, ids[:-1])) > 3
+        assert ranks[0]["log"]["sae/rollouts/steered_advantage"] == pytest.approx(float(trained[-1]), abs=1e-4)
+        return
+    if kind == "screen":
+        kept = scores <= cutoff
+        assert kept.sum() == 6
+        mean, std = rewards[kept].mean(), rewards[kept].std()
+        wanted = torch.where(kept, (rewards - mean) / (std + 1e-4), 0)
+    else:
+        plain = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+        wanted = torch.where(plain < 0, plain * (1 + scores).clamp(max=5), plain)
+    assert torch.allclose(trained, wanted, atol=1e-3)
