@@ -18,6 +18,7 @@ _ABOUT = {
     "grpo": "the same for GRPO, with feature rewards and rollout policies",
     "find": "find the features of a behaviour by contrast, and write them to a file",
     "demo": "the whole job on a small bundled model: find, fine-tune, compare",
+    "build": "compile the kernels ahead of time, instead of on first use",
 }
 
 
@@ -58,7 +59,13 @@ def _dispatch(argv: list[str]) -> int:
     if name.startswith("-"):
         refuse_unknown_flags(argv[:1], parser._option_string_actions)
         parser.parse_args(argv[:1])
-    commands: dict[str, Callable[[list[str]], int]] = {"sft": _sft, "grpo": _grpo, "find": _find, "demo": _demo}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "sft": _sft,
+        "grpo": _grpo,
+        "find": _find,
+        "demo": _demo,
+        "build": _build,
+    }
     if name not in commands:
         raise ConfigError(f"Unknown command `{name}`.{suggestion(name, commands)}")
     return commands[name](argv[1:])
@@ -107,3 +114,38 @@ def _demo(argv: list[str]) -> int:
     from qscope_trl.demo.run import main as demo
 
     return demo(argv)
+
+
+def _build(argv: list[str]) -> int:
+    from qscope_trl.ops import build
+    from qscope_trl.parsing import refuse, refuse_unknown_flags
+
+    parser = argparse.ArgumentParser(
+        prog="qscope build",
+        description="Compile the kernels ahead of time, instead of on first use.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "kernels",
+        nargs="*",
+        metavar="KERNEL",
+        help=f"{' or '.join(build.SOURCES)}; by default each whose compiler is there",
+    )
+    parser.add_argument(
+        "--arch",
+        action="append",
+        metavar="CAPABILITY",
+        help="GPU architecture for nvcc, such as 80 or 90a; may be repeated. By default this machine's GPUs",
+    )
+    parser.add_argument("--force", action="store_true", help="compile again what is there")
+    refuse_unknown_flags(argv, parser._option_string_actions)
+    parser.error = refuse  # type: ignore[method-assign]
+    options = parser.parse_args(argv)
+    unknown = [name for name in options.kernels if name not in build.SOURCES]
+    if unknown:
+        raise ConfigError(f"Unknown kernel `{unknown[0]}`; there are {', '.join(build.SOURCES)}.")
+    chosen = options.kernels or [name for name in build.SOURCES if build.find_compiler(name)] or ["cpu"]
+    for name in chosen:
+        path = build.build(name, archs=tuple(options.arch or ()), force=options.force)
+        sys.stdout.write(f"{name}: {path}\n")
+    return 0

@@ -37,5 +37,9 @@ class PenaltySelfCheckError(QScopeError, RuntimeError):
     """The penalty was attached, but a training step shows that it does not act."""
 
 
+class KernelError(QScopeError, RuntimeError):
+    """A compiled kernel was asked for and cannot be had."""
+
+
 class QScopeWarning(UserWarning):
     """Something works, but not in the way a user might expect."""

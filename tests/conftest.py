@@ -9,11 +9,27 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from qscope_trl.ops import build
+
 # The models are tiny: a second thread costs more in waiting than it saves, several times over on a busy machine.
 torch.set_num_threads(1)
 
 # TRL 0.24 warns of each trainer that was to move; which ones did is the version's business.
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+
+# Without a compiler the kernels fall back with a warning, and warnings are errors here.
+if build.find_compiler("cpu") is None:
+    os.environ.setdefault("QSCOPE_TRL_KERNEL", "torch")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs more GPUs than there are."""
+    available = torch.cuda.device_count()
+    for item in items:
+        for marker, needed in (("gpu", 1), ("multi_gpu", 2)):
+            if marker in item.keywords and available < needed:
+                item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA device(s), found {available}"))
 
 
 @pytest.fixture(autouse=True)

@@ -33,16 +33,16 @@ class Active(NamedTuple):
 
 
 def active_features(sae: TopKSAE, x_ND: Tensor) -> Iterator[Active]:
-    """Activations after TopK and ReLU (or the SAE's own function), in chunks, zeros left out."""
+    """Activations after TopK and ReLU (or the SAE's own function), zeros left out; dense kinds chunk by chunk."""
+    if sae.activation == "topk":
+        acts, indices = sae.encode(x_ND)
+        token, slot = (acts > 0).nonzero(as_tuple=True)
+        yield Active(token, indices[token, slot], acts[token, slot].double())
+        return
     for rows in token_chunks(x_ND.shape[0], sae.d_sae):
-        if sae.activation == "topk":
-            acts, indices = sae.encode(x_ND[rows])
-            token, slot = (acts > 0).nonzero(as_tuple=True)
-            yield Active(token + rows.start, indices[token, slot], acts[token, slot].double())
-        else:
-            acts_NF = sae.feature_acts(x_ND[rows])
-            token, feature = (acts_NF > 0).nonzero(as_tuple=True)
-            yield Active(token + rows.start, feature, acts_NF[token, feature].double())
+        acts_NF = sae.feature_acts(x_ND[rows])
+        token, feature = (acts_NF > 0).nonzero(as_tuple=True)
+        yield Active(token + rows.start, feature, acts_NF[token, feature].double())
 
 
 class GroupSums:

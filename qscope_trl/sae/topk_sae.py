@@ -1,7 +1,6 @@
 """A frozen sparse autoencoder in memory: encode, decode, reconstruct.
 
-Weights are buffers, not parameters: nothing here is ever trained. Left out on purpose: training, and sparse gradients
-through TopK (`qscope_trl.ops` and `qscope_trl.training` have what a penalty needs).
+Weights are buffers, not parameters: nothing here is ever trained. The work is done by `qscope_trl.ops`.
 """
 
 from __future__ import annotations
@@ -12,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from qscope_trl.errors import CheckpointError, ConfigError
-from qscope_trl.ops.reference import TopKActs, pre_activations, token_chunks, topk_encode
+from qscope_trl.ops.reference import TopKActs, pre_activations, token_chunks
+from qscope_trl.ops.sparse import sparse_decode
+from qscope_trl.ops.topk_encode import topk_encode
 
 Activation = Literal["topk", "relu", "jumprelu"]
 
@@ -99,9 +100,8 @@ class TopKSAE(nn.Module):
         """
         return pre_activations(self._flat(x), self.W_enc, self.b_enc).reshape(*x.shape[:-1], self.d_sae)
 
-    @torch.no_grad()
     def encode(self, x: Tensor) -> TopKActs:
-        """The `k` largest pre-activations per token, then ReLU, in token chunks.
+        """The `k` largest pre-activations per token, then ReLU; differentiable in `x`. See `ops.topk_encode`.
 
         Args:
             x: Residuals `(..., d_model)`.
@@ -118,8 +118,8 @@ class TopKSAE(nn.Module):
                 f"An SAE with activation `{self.activation}` has no `k` active features per token. "
                 "Use `feature_acts`, which is dense."
             )
-        acts, indices = topk_encode(self._flat(x), self.W_enc, self.b_enc, self.k)
-        return TopKActs(acts.reshape(*x.shape[:-1], self.k), indices.reshape(*x.shape[:-1], self.k))
+        self._flat(x)
+        return topk_encode(x, self.W_enc, self.b_enc, self.k)
 
     @torch.no_grad()
     def feature_acts(self, x: Tensor) -> Tensor:
@@ -156,16 +156,9 @@ class TopKSAE(nn.Module):
         if isinstance(acts, Tensor):
             flat = pre_activations(acts.reshape(-1, self.d_sae), W_dec, b_dec)
             return flat.reshape(*acts.shape[:-1], self.d_model)
-        shape, k = acts.top_acts.shape[:-1], acts.top_acts.shape[-1]
-        acts_TK, index_TK = acts.top_acts.reshape(-1, k), acts.top_indices.reshape(-1, k)
-        dtype = torch.promote_types(W_dec.dtype, torch.float32)
-        bias = b_dec.to(dtype)
-        parts = [bias.new_zeros(0, self.d_model)]
-        with torch.autocast(device_type=W_dec.device.type, enabled=False):
-            for rows in token_chunks(acts_TK.shape[0], k * self.d_model):
-                directions_TKD = W_dec.T[index_TK[rows]].to(dtype)
-                parts.append(torch.einsum("tk,tkd->td", acts_TK[rows].to(dtype), directions_TKD) + bias)
-        return torch.cat(parts).reshape(*shape, self.d_model)
+        k = acts.top_acts.shape[-1]
+        flat = sparse_decode(acts.top_acts.reshape(-1, k), acts.top_indices.reshape(-1, k), W_dec, b_dec)
+        return flat.view(*acts.top_acts.shape[:-1], self.d_model)
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qscope_trl.features import Feature, FeatureId
 from qscope_trl.ops import reference
+from qscope_trl.ops.feature_rank import feature_rank
 from qscope_trl.sae.suite import SAESuite
 from qscope_trl.sae.topk_sae import TopKSAE
 
@@ -115,7 +116,7 @@ def preact_hinge(x_BTD: Tensor, features: LayerFeatures, group_BT: Tensor | None
 def topk_act(x_BTD: Tensor, features: LayerFeatures, group_BT: Tensor | None = None) -> PenaltyTerms:
     """Penalty on what the SAE really shows: `sum_s weight_s * a_s(x)` per token, `a` after TopK and ReLU.
 
-    Which features are active is decided by the whole encoder, chunk by chunk and without a graph; the gradient flows
+    Which features are active is decided by the whole encoder (`ops.feature_rank`), without a graph; the gradient flows
     through the active features' own rows only, as it does through TopK. Thresholds are not used. For ReLU and JumpReLU
     SAEs "active" means above zero or above the SAE's own threshold.
 
@@ -128,16 +129,14 @@ def topk_act(x_BTD: Tensor, features: LayerFeatures, group_BT: Tensor | None = N
         Per-token terms. Reduction over tokens is the caller's.
     """
     del group_BT
-    f_BTS = reference.pre_activations(x_BTD, features.W_SD, features.b_S)
-    with torch.no_grad():
-        active_BTS = f_BTS > (0 if features.jump_S is None else features.jump_S)
-        if features.sae is not None:
-            indices = torch.tensor([i.index for i in features.ids], device=x_BTD.device)
-            x_TD = x_BTD.flatten(0, -2)
-            sae = features.sae
-            member_TS = reference.topk_membership(x_TD, sae.W_enc, sae.b_enc, sae.k or 0, indices)
-            active_BTS &= member_TS.view_as(active_BTS)
-    acts_BTS = torch.where(active_BTS, f_BTS, 0)
+    if features.sae is not None:
+        sae = features.sae
+        indices = torch.tensor([i.index for i in features.ids], device=x_BTD.device)
+        acts_BTS, active_BTS = feature_rank(x_BTD, sae.W_enc, sae.b_enc, sae.k or 0, indices)
+    else:
+        f_BTS = reference.pre_activations(x_BTD, features.W_SD, features.b_S)
+        active_BTS = f_BTS.detach() > (0 if features.jump_S is None else features.jump_S)
+        acts_BTS = torch.where(active_BTS, f_BTS, 0)
     return PenaltyTerms((acts_BTS * features.weights_S).sum(-1), acts_BTS.detach(), active_BTS)
 
 
