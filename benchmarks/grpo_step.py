@@ -12,9 +12,6 @@ in a fresh process, peak resident size.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import random
 import statistics
 import sys
@@ -24,7 +21,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from step_overhead import median_interval, peaks_of, report_peak
+from reporting import RESULTS, environment, median_interval, peaks_of, report_peak, write
 
 LAYERS, PER_LAYER, ROWS, NEW, WARM_UP = (4, 5), 10, 16, 96, 2
 VARIANTS = {
@@ -141,21 +138,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--memory-runs", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--memory-of", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:
         measure_memory(options.memory_of, options.folder)
         return
-    import torch
-    import transformers
-    import trl
-
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         seconds, forwards = measure_time(options.rounds, folder)
-        peaks = peaks_of(__file__, VARIANTS, options.memory_runs, folder)
+        peaks = peaks_of(__file__, VARIANTS, options.memory_runs, ["--folder", str(folder)])
     rows = []
     for variant, (_, _, _, base) in VARIANTS.items():
         ratios = [a / b for a, b in zip(seconds[variant], seconds[base], strict=True)]
@@ -172,30 +165,30 @@ def main() -> None:
         )
     report = {
         "what": f"GRPO step, {ROWS} rollouts of {NEW} tokens, LoRA, frozen reader, 2 layers x 10 features, Qwen3 of "
-        "25M parameters",
-        "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__},
-        "rounds": options.rounds,
+        f"25M parameters; {options.rounds} rounds.",
+        "environment": environment("transformers", "trl", "accelerate", "peft"),
         "rows": rows,
     }
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "grpo_step.json").write_text(json.dumps(report, indent=2) + "\n")
-    lines = [
-        "| variant | step, s | time ratio (95 %) | no-gradient forwards a step | peak, MiB | memory ratio |",
-        "|---|---|---|---|---|---|",
+    header = [
+        "variant",
+        "step, s",
+        "time ratio (95 %)",
+        "no-gradient forwards a step",
+        "peak, MiB",
+        "memory ratio",
     ]
-    for r in rows:
-        low, high = r["time_ratio_interval"]
-        lines.append(
-            f"| {r['variant']} | {r['step_seconds_median']:.3f} | {r['time_ratio_median']:.3f} ({low:.3f}-{high:.3f}) "
-            f"| {r['scoring_forwards_per_step']:.2f} | {r['peak_mib_median']:.0f} | {r['memory_ratio']:.3f} |"
-        )
-    versions = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
-    text = (
-        f"{report['what']}; {report['hardware']}; {versions}; {options.rounds} rounds.\n\n" + "\n".join(lines) + "\n"
-    )
-    (options.output / "grpo_step.md").write_text(text)
-    print(text)
+    cells = [
+        [
+            r["variant"],
+            f"{r['step_seconds_median']:.3f}",
+            f"{r['time_ratio_median']:.3f} ({r['time_ratio_interval'][0]:.3f} to {r['time_ratio_interval'][1]:.3f})",
+            f"{r['scoring_forwards_per_step']:.2f}",
+            f"{r['peak_mib_median']:.0f}",
+            f"{r['memory_ratio']:.3f}",
+        ]
+        for r in rows
+    ]
+    print(write(options.output, "grpo_step", report, header, cells))
 
 
 if __name__ == "__main__":

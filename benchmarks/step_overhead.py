@@ -3,33 +3,31 @@
 A Qwen3 of about 100M parameters, 512 tokens a step, so that the step is compute-bound on a CPU. The variants take
 turns step by step inside one process and one thread, in an order shuffled anew each round; ratios are taken within the
 round. "plain again" is a second plain trainer: how far its ratio is from 1 is the error of the measurement. Memory:
-each variant in a fresh process, peak resident size.
+each variant in a fresh process, peak resident size (on a GPU: what its allocator gave out).
 
     pip install greenlet
-    python benchmarks/step_overhead.py [--rounds 40] [--memory-runs 3] [--output benchmarks/results]
+    python benchmarks/step_overhead.py [--device cpu|cuda] [--rounds 40] [--memory-runs 3]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from reporting import RESULTS, environment, median_interval, peaks_of, report_peak, write
 
 VARIANTS = ("plain", "measure only", "preact_hinge", "plain again")
 LAYERS, PER_LAYER, TOKENS, WARM_UP = (10, 11), 10, 512, 3
 
 
-def build(variant: str, folder: Path, steps: int) -> Any:
+def build(variant: str, folder: Path, steps: int, device: str = "cpu") -> Any:
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
@@ -74,47 +72,34 @@ def build(variant: str, folder: Path, steps: int) -> Any:
         warnings.simplefilter("ignore")
         args = SFTConfig(
             output_dir=str(folder / "run"), max_steps=steps, per_device_train_batch_size=1, max_length=TOKENS,
-            gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True,
-            bf16=False, logging_steps=5, learning_rate=1e-4,
+            gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True,
+            use_cpu=device == "cpu", bf16=device != "cpu", logging_steps=5, learning_rate=1e-4,
         )  # fmt: skip
     return SFTTrainer(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
                       callbacks=callbacks)  # fmt: skip
 
 
-def measure_memory(variant: str, folder: Path) -> None:
-    trainer = build(variant, folder, steps=4)
-    trainer.train()
-    report_peak()
+def measure_memory(variant: str, folder: Path, device: str) -> None:
+    import torch
+
+    build(variant, folder, 4, device).train()
+    if device == "cuda":
+        sys.stderr.write(f"PEAK {torch.cuda.max_memory_allocated() / 2**20:.1f}\n")
+    else:
+        report_peak()
 
 
-def report_peak() -> None:
-    """Write this process's peak resident size where `peaks_of` reads it."""
-    # Not ru_maxrss: a child process starts with its parent's peak there.
-    status = Path("/proc/self/status").read_text()
-    peak = next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]
-    sys.stderr.write(f"PEAK {int(peak) / 1024:.1f}\n")
-
-
-def peaks_of(script: str, variants: Iterable[str], runs: int, folder: Path) -> dict[str, list[float]]:
-    """Peak resident size in MiB of each variant, each run in a fresh process of `script`."""
-    peaks: dict[str, list[float]] = {variant: [] for variant in variants}
-    for _ in range(runs):
-        for variant, found in peaks.items():
-            command = [sys.executable, script, "--memory-of", variant, "--folder", str(folder)]
-            text = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ).stderr
-            found.append(float(text.rsplit("PEAK ", 1)[1].split()[0]))
-    return peaks
-
-
-def measure_time(rounds: int, folder: Path) -> dict[str, list[float]]:
+def measure_time(rounds: int, folder: Path, device: str) -> dict[str, list[float]]:
     """Seconds a step per variant.
 
     Every trainer runs in a greenlet of one thread and yields after each step: threads would each get an OpenMP team of
     their own, whose idle workers spin beside the step being timed.
     """
+    import torch
     from greenlet import getcurrent, greenlet
     from transformers import TrainerCallback
 
+    synchronise = torch.cuda.synchronize if device == "cuda" else lambda: None
     seconds: dict[str, list[float]] = {v: [] for v in VARIANTS}
 
     class TakeTurns(TrainerCallback):
@@ -123,14 +108,16 @@ def measure_time(rounds: int, folder: Path) -> dict[str, list[float]]:
 
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             getcurrent().parent.switch()
+            synchronise()
             self.start = time.perf_counter()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            synchronise()
             seconds[self.variant].append(time.perf_counter() - self.start)
 
     turns = {}
     for variant in VARIANTS:
-        trainer = build(variant, folder, steps=rounds + WARM_UP)
+        trainer = build(variant, folder, rounds + WARM_UP, device)
         trainer.add_callback(TakeTurns(variant))
         turns[variant] = greenlet(trainer.train)
         turns[variant].switch()
@@ -145,34 +132,24 @@ def measure_time(rounds: int, folder: Path) -> dict[str, list[float]]:
     return {v: values[WARM_UP:] for v, values in seconds.items()}
 
 
-def median_interval(values: list[float], draws: int = 2000) -> list[float]:
-    """95 % bootstrap interval of the median."""
-    generator = random.Random(0)
-    medians = sorted(statistics.median(generator.choices(values, k=len(values))) for _ in range(draws))
-    return [medians[int(0.025 * draws)], medians[int(0.975 * draws)]]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--memory-runs", type=int, default=3)
     parser.add_argument("--memory-of", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:
-        measure_memory(options.memory_of, options.folder)
+        measure_memory(options.memory_of, options.folder, options.device)
         return
-    import platform
-
-    import torch
-    import transformers
-    import trl
-
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        seconds = measure_time(options.rounds, folder)
-        peaks = peaks_of(__file__, VARIANTS, options.memory_runs, folder)
+        seconds = measure_time(options.rounds, folder, options.device)
+        peaks = peaks_of(
+            __file__, VARIANTS, options.memory_runs, ["--folder", str(folder), "--device", options.device]
+        )
     rows = []
     for variant in VARIANTS:
         ratios = [a / b for a, b in zip(seconds[variant], seconds["plain"], strict=True)]
@@ -187,26 +164,24 @@ def main() -> None:
             }
         )
     report = {
-        "what": "SFT step with 2 layers x 10 features against plain TRL, Qwen3 of about 100M parameters, 512 tokens",
-        "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__},
-        "rounds": options.rounds,
+        "what": "SFT step with 2 layers x 10 features against plain TRL, Qwen3 of about 100M parameters, 512 tokens; "
+        f"{options.rounds} rounds on {options.device}.",
+        "environment": environment("transformers", "trl", "accelerate"),
         "rows": rows,
     }
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "step_overhead.json").write_text(json.dumps(report, indent=2) + "\n")
-    lines = ["| variant | step, s | time ratio (95 %) | peak, MiB | memory ratio |", "|---|---|---|---|---|"]
-    for r in rows:
-        low, high = r["time_ratio_interval"]
-        lines.append(
-            f"| {r['variant']} | {r['step_seconds_median']:.3f} | {r['time_ratio_median']:.3f} ({low:.3f}-{high:.3f}) "
-            f"| {r['peak_mib_median']:.0f} | {r['memory_ratio']:.3f} |"
-        )
-    versions = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
-    head = f"{report['what']}; {report['hardware']}; {versions}; {options.rounds} rounds."
-    text = f"{head}\n\n" + "\n".join(lines) + "\n"
-    (options.output / "step_overhead.md").write_text(text)
-    print(text)
+    header = ["variant", "step, s", "time ratio (95 %)", "peak, MiB", "memory ratio"]
+    cells = [
+        [
+            r["variant"],
+            f"{r['step_seconds_median']:.3f}",
+            f"{r['time_ratio_median']:.3f} ({r['time_ratio_interval'][0]:.3f} to {r['time_ratio_interval'][1]:.3f})",
+            f"{r['peak_mib_median']:.0f}",
+            f"{r['memory_ratio']:.3f}",
+        ]
+        for r in rows
+    ]
+    name = "step_overhead" if options.device == "cpu" else f"step_overhead_{options.device}"
+    print(write(options.output, name, report, header, cells))
 
 
 if __name__ == "__main__":
