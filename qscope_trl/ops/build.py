@@ -46,11 +46,14 @@ def cache_folder() -> Path:
 
 
 def find_compiler(name: str) -> str | None:
-    """Path of the compiler of a library: `CXX` or g++ for `cpu`; `NVCC`, or nvcc of `CUDA_HOME` or the path, else."""
+    """Path of a library's compiler: `CXX` or g++; `NVCC`, or nvcc of `CUDA_HOME`, the path or PyPI's packages."""
     if name == "cpu":
         return shutil.which(os.environ.get("CXX") or "g++") or shutil.which("c++")
+    # The last: NVIDIA's packages from PyPI, beside torch.
+    packages = sorted(Path(torch.__file__).parents[1].glob("nvidia/cu*"), reverse=True)
     homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
     places = [os.environ.get("NVCC"), *(f"{home}/bin/nvcc" for home in homes if home), "nvcc"]
+    places += [str(home / "bin" / "nvcc") for home in packages]
     return next((found for place in places if place and (found := shutil.which(place))), None)
 
 
@@ -71,7 +74,10 @@ def build_command(name: str, compiler: str, output: Path, archs: Sequence[str] =
     if name == "cpu":
         return [compiler, *common, "-fPIC", source, *link]
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs or architectures()]
-    return [compiler, *common, "-Xcompiler", "-fPIC", "-DUSE_CUDA", *targets, source, *link, "-lcudart_static"]
+    # nvcc knows `lib64` of a full toolkit; the packages from PyPI have `lib`.
+    home = Path(compiler).resolve().parents[1] if compiler else None
+    runtime = [f"-L{home / 'lib'}"] if home and (home / "lib" / "libcudart_static.a").is_file() else []
+    return [compiler, *common, "-Xcompiler", "-fPIC", *targets, source, *link, *runtime, "-lcudart_static"]
 
 
 def library_path(name: str, archs: Sequence[str] = ()) -> Path:
