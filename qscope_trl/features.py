@@ -50,7 +50,7 @@ class FeatureId:
         Raises:
             FeatureSetError: If `text` has another form.
         """
-        match = _NAME.fullmatch(text.strip())
+        match = _NAME.fullmatch(text.strip()) if isinstance(text, str) else None
         if match is None:
             raise FeatureSetError(f"`{text}` is not a feature name. Write layer and index as in `L12F345`.")
         return cls(int(match[1]), int(match[2]))
@@ -84,14 +84,20 @@ class Feature:
     evidence: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        name = str(self.id)
+        of = f" of feature {self.id}"
+        _require_mapping(f"`group_thresholds`{of}", self.group_thresholds, "group to threshold, as in {en: 0.5}")
+        _require_mapping(f"`evidence`{of}", self.evidence, "name to number, as in {auroc: 0.9}")
+        _require_text(f"`label`{of} is", self.label)
         for key, value in [
             ("weight", self.weight),
             ("threshold", self.threshold),
             *((f"group_thresholds.{group}", value) for group, value in self.group_thresholds.items()),
         ]:
-            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-                raise FeatureSetError(f"`{key}` of feature {name} is a finite number, got {value!r}.")
+            if not _is_number(value) or not math.isfinite(value):
+                raise FeatureSetError(f"`{key}`{of} is a finite number, got {value!r}.{_unquote(value)}")
+        for key, value in self.evidence.items():
+            if not _is_number(value):
+                raise FeatureSetError(f"`evidence.{key}`{of} is a number, got {value!r}.{_unquote(value)}")
 
     @property
     def id(self) -> FeatureId:
@@ -134,8 +140,11 @@ class FeatureSet:
     def __post_init__(self) -> None:
         if not self.features:
             raise FeatureSetError("A FeatureSet needs at least one feature, got none.")
+        self._check_origin()
         seen: set[FeatureId] = set()
         for feature in self.features:
+            if not isinstance(feature, Feature):
+                raise FeatureSetError(f"`features` holds {feature!r}; each is a `Feature`. `from_names` takes names.")
             if feature.id in seen:
                 raise FeatureSetError(f"Feature {feature.id} appears twice; merge its entries into one.")
             seen.add(feature.id)
@@ -149,6 +158,24 @@ class FeatureSet:
                     f"Feature {feature.id} is out of range: the set says `num_layers: {self.num_layers}`, so layers "
                     f"end at {self.num_layers - 1}."
                 )
+
+    def _check_origin(self) -> None:
+        """Raise for a field of another type than declared; in YAML an unquoted value easily becomes one."""
+        for name in ("model", "sae", "sae_revision", "target_group"):
+            if getattr(self, name) is not None:
+                _require_text(f"`{name}` is", getattr(self, name))
+        for name in ("d_model", "d_sae", "num_layers"):
+            size = getattr(self, name)
+            if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+                raise FeatureSetError(f"`{name}` is {size!r}; it is a whole number from 1.{_unquote(size)}")
+        _require_mapping("`origin`", self.origin, "name to value, as in {command: qscope find}")
+        prints = self.sae_fingerprints
+        if not isinstance(prints, Mapping) or not all(type(key) is int and key >= 0 for key in prints):
+            raise FeatureSetError(
+                f"`sae_fingerprints` is {prints!r}; it is a mapping from layer to fingerprint, as in {{12: '0a1b'}}."
+            )
+        for layer, value in prints.items():
+            _require_text(f"`sae_fingerprints.{layer}` is", value)
 
     def __len__(self) -> int:
         return len(self.features)
@@ -222,9 +249,10 @@ class FeatureSet:
         """Build a set from the mapping that `to_dict` gives.
 
         Raises:
-            FeatureSetError: If a key is unknown or missing, or the format version is newer than this package.
+            FeatureSetError: If a key is unknown or missing, a value has the wrong type, or the format version is
+                newer than this package.
         """
-        data = dict(data)
+        data = _without_empty(data, ("sae_fingerprints", "origin"))
         version = data.pop("format_version", FORMAT_VERSION)
         if version != FORMAT_VERSION:
             raise FeatureSetError(
@@ -235,7 +263,11 @@ class FeatureSet:
         entries = data.pop("features", None)
         if not isinstance(entries, list):
             raise FeatureSetError("`features` is missing or not a list.")
-        data["sae_fingerprints"] = {int(k): str(v) for k, v in (data.get("sae_fingerprints") or {}).items()}
+        prints = data.get("sae_fingerprints")
+        if isinstance(prints, Mapping):
+            # JSON has no keys but strings.
+            digits = {key: int(key) for key in prints if isinstance(key, str) and key.isdecimal()}
+            data["sae_fingerprints"] = {digits.get(key, key): value for key, value in prints.items()}
         return cls(features=tuple(_feature(entry) for entry in entries), **data)
 
     def to_dict(self) -> dict[str, Any]:
@@ -329,7 +361,36 @@ def _feature(entry: Any) -> Feature:
     missing = {"layer", "index"} - entry.keys()
     if missing:
         raise FeatureSetError(f"An entry of `features` lacks `{'`, `'.join(sorted(missing))}`: {entry!r}.")
-    return Feature(**entry)
+    return Feature(**_without_empty(entry, ("group_thresholds", "label", "evidence")))
+
+
+def _without_empty(data: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The mapping without those keys of `names` that a file leaves blank."""
+    return {key: value for key, value in data.items() if value is not None or key not in names}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _require_text(what: str, value: Any) -> None:
+    if not isinstance(value, str):
+        kind = "no, yes, off or on as a boolean" if isinstance(value, bool) else "number or date as one"
+        hint = "" if isinstance(value, Mapping | list | None) else f" YAML reads a bare {kind}: put it into quotes."
+        raise FeatureSetError(f"{what} {value!r}; it is a text.{hint}")
+
+
+def _require_mapping(what: str, value: Any, form: str) -> None:
+    if not isinstance(value, Mapping):
+        raise FeatureSetError(f"{what} is {value!r}; it is a mapping from {form}.")
+    for key in value:
+        _require_text(f"{what} has the key", key)
+
+
+def _unquote(value: Any) -> str:
+    if not isinstance(value, str) or re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", value) is None:
+        return ""
+    return " YAML reads 1e-3 as a text: write 1.0e-3." if "e" in value else " Write it without quotes."
 
 
 def _refuse_unknown(data: Mapping[str, Any], kind: type, where: str) -> None:

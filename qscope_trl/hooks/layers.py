@@ -84,6 +84,14 @@ def find_layers(model: nn.Module) -> list[nn.Module]:
     return list(layers or [])
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile runs the model or its decoder: wrapped around it, or in place by `Module.compile()`."""
+    return any(
+        "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
+        for module in (model, find_decoder(model))
+    )
+
+
 def d_model(model: nn.Module) -> int:
     """Width of the residual stream."""
     return int(text_config(model).hidden_size)

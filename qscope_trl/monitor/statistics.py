@@ -70,13 +70,7 @@ class FeatureStatistics:
             `penalty` (sum over layers of the mean per token), `L12/penalty`, `L12F345/<value_name>` and
             `L12F345/firing_rate`; empty if no process saw a token.
         """
-        sums = self._sums
-        if sums is None:
-            dtype = torch.float32 if device.type == "mps" else torch.float64
-            sums = torch.zeros(self.size, dtype=dtype, device=device)
-        if reduce_fn is not None:
-            sums = reduce_fn(sums.clone())
-        totals = sums.tolist()
+        totals = self._totals(reduce_fn, device)
         metrics: dict[str, float] = {}
         total_penalty = 0.0
         for layer in self.layers:
@@ -95,15 +89,29 @@ class FeatureStatistics:
         """Forget all sums."""
         self._sums = None
 
-    def state(self) -> list[float] | None:
-        """Sums as plain numbers, for a checkpoint."""
-        return None if self._sums is None else self._sums.tolist()
+    def state(
+        self, reduce_fn: Callable[[Tensor], Tensor] | None = None, device: torch.device | None = None
+    ) -> list[float] | None:
+        """Sums as plain numbers, for a checkpoint: of all processes with `reduce_fn` and `device` as in `metrics`."""
+        if self._sums is None and reduce_fn is None:
+            return None
+        return self._totals(reduce_fn, device or torch.device("cpu"))
 
     def load_state(self, state: list[float] | None, device: torch.device) -> None:
-        """Take up sums that `state` gave; a state of another length is ignored."""
+        """Take up sums that `state` gave, on one process only; a state of another length is ignored."""
         if state is not None and len(state) == self.size:
             dtype = torch.float32 if device.type == "mps" else torch.float64
             self._sums = torch.tensor(state, dtype=dtype, device=device)
+
+    def _totals(self, reduce_fn: Callable[[Tensor], Tensor] | None, device: torch.device) -> list[float]:
+        sums = self._sums
+        if sums is None:
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            sums = torch.zeros(self.size, dtype=dtype, device=device)
+        if reduce_fn is not None:
+            sums = reduce_fn(sums.clone())
+        totals: list[float] = sums.tolist()
+        return totals
 
     def _slots(self, layer: int) -> list[int]:
         columns, n = self._columns[layer], len(self.ids)

@@ -12,23 +12,23 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from qscope_trl.config import PenaltyConfig
-from qscope_trl.errors import QScopeWarning
+from qscope_trl.errors import AttachError, PenaltySelfCheckError, QScopeWarning
 from qscope_trl.features import FeatureSet
 from qscope_trl.hooks.residual import Capture, ResidualHook
 from qscope_trl.monitor.statistics import FeatureStatistics, evaluation_prefix
 from qscope_trl.sae.suite import SAESuite
 from qscope_trl.training.checks import (
+    FirstStepCheck,
     check_captures,
-    check_gradient,
-    raise_bypassed,
     raise_unknown_tokens,
     refuse_unsupported,
     require_trainable_below,
@@ -39,6 +39,8 @@ from qscope_trl.training.normalisation import loss_divisor
 from qscope_trl.training.opening import open_features
 from qscope_trl.training.penalty import PENALTIES, VALUE_NAMES, LayerFeatures
 
+_ATTRIBUTE = "_qscope_penalty_attachment"
+
 
 def attach(trainer: Any, saes: Any, features: Any, **settings: Any) -> PenaltyAttachment:
     """Attach a feature penalty to a trainer; the same as `PenaltyAttachment(saes, features, ...).attach(trainer)`.
@@ -47,6 +49,12 @@ def attach(trainer: Any, saes: Any, features: Any, **settings: Any) -> PenaltyAt
     `with attach(trainer, saes, features, penalty_weight=0.1): trainer.train()`.
     """
     return PenaltyAttachment(saes, features, **settings).attach(trainer)
+
+
+def attachment_of(trainer: Any) -> PenaltyAttachment | None:
+    """The penalty that is attached to a trainer, if any."""
+    found = getattr(trainer, _ATTRIBUTE, None)
+    return found if isinstance(found, PenaltyAttachment) else None
 
 
 class PenaltyAttachment:
@@ -89,6 +97,8 @@ class PenaltyAttachment:
         self.features = FeatureSet.load(features)
         self.monitor_features = None if monitor_features is None else FeatureSet.load(monitor_features)
         self.group_fn = group_fn
+        self.owner: Any = None
+        """The callback in the trainer's list that attached this, or None."""
         self._source = (saes, sae_revision, sae_k)
         self._groups = tuple(sorted({*self.features.groups, *filter(None, [self.features.target_group])}))
         self._layers: dict[int, LayerFeatures] = {}
@@ -97,9 +107,7 @@ class PenaltyAttachment:
         self._trainer: Any = None
         self._originals: dict[str, Any] = {}
         self._statistics = {mode: self._new_statistics() for mode in ("train", "eval")}
-        self._checked = False
-        self._loss_calls = 0
-        self._gradient_seen: list[float] = []
+        self._check = FirstStepCheck(self.after_optimizer_step)
 
     # --- attaching -----------------------------------------------------------------------------------------------
 
@@ -125,7 +133,8 @@ class PenaltyAttachment:
             Itself, usable as a context manager.
 
         Raises:
-            AttachError: If the trainer cannot carry a penalty, or no parameter below the penalised layers trains.
+            AttachError: If the trainer cannot carry a penalty or has another one, or no parameter below the penalised
+                layers trains.
             FeatureSetError: If the features belong to another model or SAE.
             CheckpointError: If the SAEs cannot be read.
             ModelStructureError: If the decoder layers cannot be found.
@@ -133,6 +142,13 @@ class PenaltyAttachment:
         if self._trainer is trainer and self._hook is not None and self._hook.model is trainer.model:
             return self
         self.detach()
+        other = attachment_of(trainer)
+        if other is not None:
+            raise AttachError(
+                f"A penalty on {', '.join(map(str, other.features.ids[:3]))} is attached to this trainer already, and "
+                f"a second one would share its metrics and groups. Put all features into one FeatureSet, each with "
+                f"its own `weight` (only measured ones into `monitor_features`), or `detach()` the first."
+            )
         model = trainer.model
         refuse_unsupported(trainer)
         self._open_features(model)
@@ -144,7 +160,9 @@ class PenaltyAttachment:
         for name, wrapper in (("compute_loss", self._wrap_compute_loss), ("log", self._wrap_log)):
             self._originals[name] = trainer.__dict__.get(name)
             setattr(trainer, name, wrapper(getattr(trainer, name)))
-        self._checked, self._loss_calls, self._gradient_seen = False, 0, []
+        setattr(trainer, _ATTRIBUTE, self)
+        self._check = FirstStepCheck(self.after_optimizer_step)
+        self._check.start(trainer)
         return self
 
     def detach(self) -> None:
@@ -159,6 +177,8 @@ class PenaltyAttachment:
                 else:
                     setattr(self._trainer, name, original)
             self._originals = {}
+            self._trainer.__dict__.pop(_ATTRIBUTE, None)
+            self._check.stop(self._trainer)
             self._trainer = None
 
     def __enter__(self) -> PenaltyAttachment:
@@ -193,19 +213,25 @@ class PenaltyAttachment:
             try:
                 with hook.listen() as captures:
                     result = original(model, inputs, return_outputs, *args, **kwargs)
-                self._loss_calls += 1
                 if not training:
                     self._measure_evaluation(captures, batch, groups)
                     return result
+                self._check.see_loss()
                 num_items = args[0] if args else kwargs.get("num_items_in_batch")
                 loss, *rest = result if isinstance(result, tuple) else (result,)
                 joined = self._join(loss, captures, batch, groups, num_items)
                 return (joined, *rest) if isinstance(result, tuple) else joined
-            except BaseException:
-                self.detach()
+            except BaseException as error:
+                if not self._trains_again_after(error):
+                    self.detach()
                 raise
 
         return compute_loss
+
+    def _trains_again_after(self, error: BaseException) -> bool:
+        """Whether the trainer starts over with smaller batches, and no callback would attach again."""
+        retries = self._trainer is not None and getattr(self._trainer.args, "auto_find_batch_size", False)
+        return bool(self.owner is None and retries and should_reduce_batch_size(error))
 
     def _join(
         self, loss: Tensor, captures: Sequence[Capture], batch: Mapping[str, Any], groups: Any, num_items: Any
@@ -216,20 +242,12 @@ class PenaltyAttachment:
         with torch.set_grad_enabled(weight > 0):
             total, count = self._penalty(seen, batch, groups, "train")
         if weight == 0:
-            self._checked = True
             return loss
-        if not self._checked:
-            check_gradient(total)
         penalty = total.to(loss.device) / loss_divisor(
             self._trainer, count.to(loss.device), num_items, batch, self.config
         )
-        if penalty.requires_grad and not self._checked:
-            penalty.register_hook(self._see_gradient)  # type: ignore[no-untyped-call]
-        self._checked = True
+        self._check.see_penalty(penalty)
         return loss + (weight * penalty).to(loss.dtype)
-
-    def _see_gradient(self, grad: Tensor) -> None:
-        self._gradient_seen.append(float(grad.abs().max()))
 
     def _penalty(
         self, captures: Sequence[Capture], batch: Mapping[str, Any], groups: Any, mode: str
@@ -279,25 +297,18 @@ class PenaltyAttachment:
     # --- checks --------------------------------------------------------------------------------------------------
 
     def after_optimizer_step(self) -> None:
-        """End of the first-batch self-check; called by the callback at the end of every optimizer step.
+        """The self-check, which the trainer calls at the end of every optimizer step while this is attached.
 
         Raises:
-            PenaltySelfCheckError: If `compute_loss` was not called, or the backward did not reach the penalty.
+            PenaltySelfCheckError: If `compute_loss` was not called, or no backward reached the penalty.
         """
         if not self.is_attached:
             return
-        if self._loss_calls == 0:
-            trainer = self._trainer
+        try:
+            self._check.finish_step(self._trainer)
+        except PenaltySelfCheckError:
             self.detach()
-            raise_bypassed(trainer)
-        if self._gradient_seen and max(self._gradient_seen) == 0:
-            warnings.warn(
-                "The backward pass reached the SAE penalty with gradient 0 in the first step. Unless the loss scaler "
-                "skipped that step, the penalty has no effect.",
-                QScopeWarning,
-                stacklevel=2,
-            )
-        self._gradient_seen = []
+            raise
 
     # --- metrics -------------------------------------------------------------------------------------------------
 
@@ -340,15 +351,17 @@ class PenaltyAttachment:
 
         return log
 
+    def _reduce_fn(self) -> Callable[[Tensor], Tensor] | None:
+        accelerator = None if self._trainer is None else self._trainer.accelerator
+        if accelerator is None or accelerator.num_processes == 1:
+            return None
+        return functools.partial(accelerator.reduce, reduction="sum")
+
     def _take_metrics(self, mode: str) -> dict[str, float]:
-        accelerator = self._trainer.accelerator
-        reduce_fn = None
-        if accelerator.num_processes > 1:
-            reduce_fn = functools.partial(accelerator.reduce, reduction="sum")
         metrics: dict[str, float] = {}
         for prefix, statistics in zip(("sae", "sae/monitor"), self._statistics[mode], strict=True):
             if statistics is not None:
-                means = statistics.metrics(reduce_fn, accelerator.device)
+                means = statistics.metrics(self._reduce_fn(), self._trainer.accelerator.device)
                 metrics.update({f"{prefix}/{key}": value for key, value in means.items()})
                 statistics.reset()
         return metrics
@@ -356,16 +369,24 @@ class PenaltyAttachment:
     # --- state ---------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs: settings and features to compare, sums since the last log event to go on with."""
+        """What a checkpoint needs: settings and features to compare, sums since the last log event to go on with.
+
+        The sums are those of all processes, so every process calls this, and one writes it.
+        """
+        reduce_fn = self._reduce_fn()
+        device = None if reduce_fn is None else self._trainer.accelerator.device
+        sums = [None if s is None else s.state(reduce_fn, device) for s in self._statistics["train"]]
+        return {**self._settings(), "statistics": sums}
+
+    def _settings(self) -> dict[str, Any]:
         return {
             "config": {name: getattr(self.config, name) for name in self.config.__dataclass_fields__},
             "features": [str(i) for i in self.features.ids],
-            "statistics": [None if s is None else s.state() for s in self._statistics["train"]],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a checkpoint's state; a differing setting is kept as given now, with a warning."""
-        mine = self.state_dict()
+        mine = self._settings()
         for key, was in {**state.get("config", {}), "features": state.get("features")}.items():
             now = mine["features"] if key == "features" else mine["config"].get(key)
             if was != now:
@@ -375,7 +396,8 @@ class PenaltyAttachment:
                     QScopeWarning,
                     stacklevel=2,
                 )
-        if state.get("features") == mine["features"]:
+        # Sums of all processes: taken up by one, so that the next reduction counts them once.
+        if state.get("features") == mine["features"] and self._trainer.accelerator.is_main_process:
             for statistics, sums in zip(self._statistics["train"], state.get("statistics", ()), strict=False):
                 if statistics is not None:
                     statistics.load_state(sums, self._trainer.accelerator.device)

@@ -18,7 +18,7 @@ from qscope_trl.config import PenaltyConfig
 from qscope_trl.errors import AttachError, QScopeWarning
 from qscope_trl.features import FeatureSet
 from qscope_trl.sae.suite import SAESuite
-from qscope_trl.training.attach import PenaltyAttachment
+from qscope_trl.training.attach import PenaltyAttachment, attachment_of
 from qscope_trl.training.masks import GroupFn
 
 STATE_FILE = "sae_penalty_state.json"
@@ -100,37 +100,36 @@ class SAEPenaltyCallback(TrainerCallback):  # type: ignore[misc]
         """Attach to the trainer that is being built."""
         trainer = _calling_trainer(self)
         if trainer is not None and trainer.model is not None:
-            self.attach(trainer)
+            self._join(trainer)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Attach if `on_init_end` was missed or the model was replaced, and take up a checkpoint's state."""
-        trainer = _calling_trainer(self) or self.attachment.trainer
-        if trainer is None:
+        trainer = _calling_trainer(self)
+        if trainer is not None:
+            self._join(trainer)
+        elif self.attachment.trainer is not None:
+            self.attach(self.attachment.trainer)
+        else:
             raise AttachError(
                 "`SAEPenaltyCallback` found no trainer above it on the call stack. Call `callback.attach(trainer)` "
                 "before `trainer.train()`."
             )
-        self.attach(trainer)
         if state.global_step > 0:
             self._load_state(args, state)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Finish the first-batch self-check."""
-        self.attachment.after_optimizer_step()
-
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the penalty's state into the checkpoint."""
+        # On every process, since its sums are added up; written by one.
+        saved = self.attachment.state_dict()
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if not state.is_world_process_zero or not folder.is_dir():
             return
         handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{STATE_FILE}.")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(self.attachment.state_dict(), file, indent=2)
+                json.dump(saved, file, indent=2)
             os.replace(temporary, folder / STATE_FILE)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
@@ -147,6 +146,22 @@ class SAEPenaltyCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Take everything off, so that the trained model carries no hook."""
         self.detach()
+
+    def _join(self, trainer: Any) -> None:
+        """Attach to the trainer that lists this callback, instead of a penalty whose callback it lists no longer."""
+        other = attachment_of(trainer)
+        listed = trainer.callback_handler.callbacks
+        # Removed from the list, or replaced by an instance that `restore_callback_states_from_checkpoint` made.
+        if other is not None and other.owner is not None and all(item is not other.owner for item in listed):
+            other.detach()
+        try:
+            self.attach(trainer)
+        except AttachError:
+            if other is not None:
+                # The trainer is not built or does not train, so nothing of the first penalty may remain either.
+                other.detach()
+            raise
+        self.attachment.owner = self
 
     def _load_state(self, args: TrainingArguments, state: TrainerState) -> None:
         chosen = args.resume_from_checkpoint

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
-from qscope_trl.errors import AttachError, DataError, PenaltySelfCheckError
+from qscope_trl.errors import AttachError, DataError, PenaltySelfCheckError, QScopeWarning
 from qscope_trl.hooks.layers import find_decoder, find_layers
 from qscope_trl.hooks.residual import Capture
 
 KNOWN_GOOD = "transformers 4.57-5.23 with TRL 0.24-1.16"
 """Versions on which the penalty's gradients were shown equal to an independent computation."""
+_UNSUPPORTED = (
+    f"This trainer is not supported; known to work: {KNOWN_GOOD}, for SFT, DPO, KTO, Reward and plain `Trainer`."
+)
 
 
 def refuse_unsupported(trainer: Any) -> None:
@@ -38,11 +43,11 @@ def refuse_unsupported(trainer: Any) -> None:
             f"Adapter `{learned[0]}` learns virtual tokens ({type(adapters[learned[0]]).__name__}), which shift every "
             f"position against the batch's labels, so the penalised tokens cannot be told. Use LoRA or full weights."
         )
-    if not callable(getattr(trainer, "compute_loss", None)):
-        raise AttachError(
-            f"`{type(trainer).__name__}` has no `compute_loss`, so there is no loss to join. Pass a transformers or "
-            f"TRL trainer."
-        )
+    for name, why in (("compute_loss", "there is no loss to join"), ("add_callback", "no step can be checked")):
+        if not callable(getattr(trainer, name, None)):
+            raise AttachError(
+                f"`{type(trainer).__name__}` has no `{name}`, so {why}. Pass a transformers or TRL trainer."
+            )
 
 
 def require_trainable_below(model: torch.nn.Module, layers: Sequence[int]) -> None:
@@ -80,22 +85,88 @@ def check_captures(captures: Sequence[Capture], wanted: set[int]) -> None:
         )
 
 
-def check_gradient(penalty: Tensor) -> None:
-    """Raise if the first step's penalty has no graph."""
-    if not penalty.requires_grad:
-        raise PenaltySelfCheckError(
-            f"The penalty of the first training step carries no gradient, so it would change nothing at any weight. "
-            f"Known to work: {KNOWN_GOOD}; report the trainer's class and versions."
-        )
+class FirstStepCheck(TrainerCallback):  # type: ignore[misc]
+    """Follows the penalty through the first optimizer step that has one.
 
+    Every micro-batch of that step is watched: a trainer may throw one loss away, or skip its backward, but not all.
+    Loss scaling changes the size of the gradient that is seen, not whether one comes.
 
-def raise_bypassed(trainer: Any) -> NoReturn:
-    """Refuse a trainer that finished a step without `compute_loss`."""
-    raise PenaltySelfCheckError(
-        f"`{type(trainer).__name__}` finished an optimizer step without calling `compute_loss`, so the penalty never "
-        f"joined the loss. This trainer computes its loss elsewhere and is not supported; known to work: "
-        f"{KNOWN_GOOD}, for SFT, DPO, KTO, Reward and plain `Trainer`."
-    )
+    Args:
+        on_step_end: Called by the trainer at the end of each optimizer step, once `start` was.
+    """
+
+    def __init__(self, on_step_end: Callable[[], None]) -> None:
+        self._on_step_end = on_step_end
+        self._num_losses = 0
+        self._num_penalties = 0
+        self._gradients: list[float] = []
+        self._is_done = False
+
+    def start(self, trainer: Any) -> None:
+        """Join the trainer's callbacks."""
+        trainer.add_callback(self)
+
+    def stop(self, trainer: Any) -> None:
+        """Leave the trainer's callbacks; a second call does nothing."""
+        handler = trainer.callback_handler
+        # A new list: the trainer may be going through the present one, and would skip the callback after this.
+        handler.callbacks = [callback for callback in handler.callbacks if callback is not self]
+
+    def on_step_end(self, *_args: Any, **_kwargs: Any) -> None:
+        """What the trainer calls."""
+        self._on_step_end()
+
+    def see_loss(self) -> None:
+        """`compute_loss` ran on a training batch."""
+        self._num_losses += 1
+
+    def see_penalty(self, penalty: Tensor) -> None:
+        """A penalty is about to join a loss.
+
+        Raises:
+            PenaltySelfCheckError: If it has no graph.
+        """
+        if self._is_done or any(self._gradients):
+            return
+        if not penalty.requires_grad:
+            raise PenaltySelfCheckError(
+                f"The penalty of the first training step carries no gradient, so it would change nothing at any "
+                f"weight. Known to work: {KNOWN_GOOD}; report the trainer's class and versions."
+            )
+        self._num_penalties += 1
+        penalty.register_hook(self._see_gradient)  # type: ignore[no-untyped-call]
+
+    def _see_gradient(self, grad: Tensor) -> None:
+        self._gradients.append(float(grad.abs().max()))
+
+    def finish_step(self, trainer: Any) -> None:
+        """Judge an optimizer step that has ended.
+
+        Raises:
+            PenaltySelfCheckError: If `compute_loss` was not called, or no backward reached the penalty.
+        """
+        name = type(trainer).__name__
+        if self._num_losses == 0:
+            raise PenaltySelfCheckError(
+                f"`{name}` finished an optimizer step without calling `compute_loss` on the model in training mode, "
+                f"so the penalty never joined the loss. {_UNSUPPORTED}"
+            )
+        if self._is_done or self._num_penalties == 0:
+            return
+        if not self._gradients:
+            raise PenaltySelfCheckError(
+                f"`{name}` finished an optimizer step, and no backward reached the penalty in the loss that "
+                f"`compute_loss` returned: the trainer replaces or detaches that loss, so the penalty has no effect. "
+                f"{_UNSUPPORTED}"
+            )
+        if not any(self._gradients):
+            warnings.warn(
+                "The backward pass reached the SAE penalty with gradient 0 in the first step. Unless the loss scaler "
+                "skipped that step, the penalty has no effect.",
+                QScopeWarning,
+                stacklevel=2,
+            )
+        self._is_done = True
 
 
 def raise_unknown_tokens(batch: Mapping[str, Any], penalty_tokens: str) -> NoReturn:

@@ -103,6 +103,29 @@ def find_rollouts(rows: list[list[int]], rollouts: Rollouts, first: int) -> list
     return places
 
 
+def padded_rollouts(
+    rollouts: Rollouts, pad_token_id: int, end_token_ids: set[int], masks_truncated: bool
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids and attention mask of all rollouts, padded as TRL pads them: prompts left, completions right.
+
+    Args:
+        rollouts: The rollouts of one generation.
+        pad_token_id: What fills.
+        end_token_ids: Last tokens of a completion that was not truncated.
+        masks_truncated: Whether TRL masks the attention of truncated completions in its own forwards
+            (`mask_truncated_completions`), so that what is scored does not depend on whose forward showed it.
+    """
+    prompt_width = max(len(ids) for ids in rollouts.prompts)
+    width = max(len(ids) for ids in rollouts.completions)
+    rows, masks = [], []
+    for prompt, completion in zip(rollouts.prompts, rollouts.completions, strict=True):
+        left, right = prompt_width - len(prompt), width - len(completion)
+        rows.append([pad_token_id] * left + prompt + completion + [pad_token_id] * right)
+        attended = int(not (masks_truncated and completion and completion[-1] not in end_token_ids))
+        masks.append([0] * left + [1] * len(prompt) + [attended] * len(completion) + [0] * right)
+    return rows, masks
+
+
 def shows_frozen(model: Any) -> bool:
     """Whether the model runs with its adapters off, or with TRL's copy of the adapters it started from."""
     for module in model.modules():

@@ -21,7 +21,8 @@ from qscope_trl.errors import AttachError, ConfigError
 from qscope_trl.features import FeatureSet
 from qscope_trl.sae.suite import SAESuite
 from qscope_trl.training.generations import RolloutActivations
-from qscope_trl.training.scores import ACTIVATIONS_KEY, FeatureReader, RolloutScoring
+from qscope_trl.training.reader import FeatureReader
+from qscope_trl.training.scores import ACTIVATIONS_KEY, READERS_KEY, RolloutScoring
 
 _MAX_LISTED = 12
 
@@ -161,14 +162,16 @@ class FeatureReward(FeatureReader):
         """Rewards of a batch of rollouts, as TRL calls it.
 
         Raises:
-            AttachError: If the trainer that calls does not score rollouts.
+            AttachError: If the trainer that calls does not score rollouts, or not for this reward.
         """
         rows: Sequence[Mapping[str, RolloutActivations] | None] | None = kwargs.get(ACTIVATIONS_KEY)
         if rows is None:
             raise AttachError(
-                f"`{self.name}` was called without activations: the trainer does not score rollouts. Give it to TRL's "
-                f"GRPOTrainer or RLOOTrainer when that is built, or use `SAEGRPOTrainer`."
+                f"`{self.name}` was called without activations: the trainer does not score rollouts. Give the "
+                f"`FeatureReward` itself, not a function around it, to TRL's GRPOTrainer or RLOOTrainer when that is "
+                f"built, or to `SAEGRPOTrainer`."
             )
+        self._require_reader(rows, kwargs.get(READERS_KEY))
         mine = [None if row is None else row.get(self.name) for row in rows]
         scores = [self.score(activations) for activations in mine]
         factor = self.sign * self.scale
@@ -185,6 +188,21 @@ class FeatureReward(FeatureReader):
             # A reward of 0 would make a row count that every other function left out.
             return [None] * len(rows)
         return [None if score is None else factor * score for score in scores]
+
+    def _require_reader(self, rows: Sequence[Any], readers: Sequence[Sequence[FeatureReader]] | None) -> None:
+        """Raise if the trainer reads its rollouts, but not for this reward, which would then reward nothing."""
+        scored = [row for row in rows if row is not None]
+        # A function around this one may pass on the activations alone; then their names tell.
+        known = any(self.name in row for row in scored) or not scored
+        if readers:
+            known = any(reader is self for reader in readers[0])
+        if not known:
+            names = sorted({reader.name for reader in readers[0]} if readers else set().union(*scored))
+            raise AttachError(
+                f"The trainer reads no features for `{self.name}` (it reads {', '.join(names) or 'none'}), so every "
+                f"rollout would go without this reward. Give the `FeatureReward` itself in `reward_funcs`, not a "
+                f"function around it; `scale` and `sign` are settings of it."
+            )
 
     def _log(
         self,

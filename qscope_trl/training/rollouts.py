@@ -147,7 +147,9 @@ class RolloutPolicy:
             raise ConfigError("`features` and `saes` of a rollout policy come together; got one of them.")
         if not math.isfinite(strength) or strength < 0:
             raise ConfigError(f"`strength` is {strength!r}; it is a finite number from 0.")
-        if max_factor < 1 or not max_ratio > 0 or (max_steered_tokens is not None and max_steered_tokens < 1):
+        if math.isnan(cutoff):
+            raise ConfigError("`cutoff` is nan, above which no score is; it is a number.")
+        if not max_factor >= 1 or not max_ratio > 0 or (max_steered_tokens is not None and max_steered_tokens < 1):
             raise ConfigError(
                 f"`max_factor` is {max_factor!r} (1 or more), `max_ratio` {max_ratio!r} (above 0), "
                 f"`max_steered_tokens` {max_steered_tokens!r} (1 or more, or None)."

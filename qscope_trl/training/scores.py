@@ -12,83 +12,38 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qscope_trl.config import PENALTY_KINDS, READERS
 from qscope_trl.errors import AttachError, ConfigError, PenaltySelfCheckError
-from qscope_trl.features import FeatureSet
+from qscope_trl.hooks.layers import is_compiled
 from qscope_trl.hooks.residual import Capture, ResidualHook
-from qscope_trl.sae.suite import SAESuite
 from qscope_trl.training.generations import (
     RolloutActivations,
     Rollouts,
     find_rollouts,
     last_logits,
+    padded_rollouts,
     read_generation,
     refuse_unknown_shape,
     shows_frozen,
 )
 from qscope_trl.training.opening import open_features
 from qscope_trl.training.penalty import PENALTIES, LayerFeatures
+from qscope_trl.training.reader import FeatureReader
 
 ACTIVATIONS_KEY = "sae_activations"
 """Keyword of reward functions: for each rollout a mapping from reader's name to `RolloutActivations`, or None."""
 
+READERS_KEY = "sae_readers"
+"""Keyword of reward functions beside it: for each rollout, the readers that the trainer's scoring knows."""
+
 _ATTRIBUTE = "_qscope_rollout_scoring"
 _log = logging.getLogger("qscope_trl")
-
-
-class FeatureReader:
-    """Which features are read from rollouts, and on which model.
-
-    Args:
-        features: `FeatureSet`, path to one, or a list of names like `L12F345`.
-        saes: Hub id, folder, file, or an open `SAESuite`.
-        name: What its scores are called in logs and for reward functions.
-        kind: `preact_hinge` or `topk_act`, the per-token score, as in `PenaltyConfig.penalty_kind`.
-        reader: `frozen` reads the model before this training (LoRA: adapters off; full fine-tuning: the reference
-            model), `policy` the model in training. A frozen reader cannot be gamed by moving the representation.
-        sae_revision: Commit, tag or branch of a Hub repository.
-        sae_k: Active features per token, where the SAE's name does not say.
-
-    Raises:
-        ConfigError: If a setting does not fit.
-        FeatureSetError: If the feature file is unreadable.
-    """
-
-    def __init__(
-        self,
-        features: FeatureSet | str | os.PathLike[str] | Sequence[str],
-        saes: SAESuite | str | os.PathLike[str],
-        *,
-        name: str = "feature_reward",
-        kind: str = "preact_hinge",
-        reader: str = "frozen",
-        sae_revision: str | None = None,
-        sae_k: int | None = None,
-    ) -> None:
-        for setting, value, allowed in (("kind", kind, PENALTY_KINDS), ("reader", reader, READERS)):
-            if value not in allowed:
-                raise ConfigError(f"`{setting}` is {value!r}; choose one of {', '.join(allowed)}.")
-        self.features = FeatureSet.load(features)
-        self.saes = saes
-        self.name = name
-        self.kind = kind
-        self.reader = reader
-        self.sae_revision = sae_revision
-        self.sae_k = sae_k
-
-    def suite(self) -> SAESuite:
-        """The SAEs, opened for the features' layers."""
-        return SAESuite.from_pretrained(
-            self.saes, layers=self.features.layers, revision=self.sae_revision, k=self.sae_k
-        )
 
 
 class RolloutScoring:
@@ -210,7 +165,11 @@ class RolloutScoring:
             self._read_missing()
             self._listening.close()
             self.scores = self._collect()
-            rows = [{**row, ACTIVATIONS_KEY: scores} for row, scores in zip(inputs, self.scores, strict=True)]
+            known = tuple(self.readers.values())
+            rows = [
+                {**row, ACTIVATIONS_KEY: scores, READERS_KEY: known}
+                for row, scores in zip(inputs, self.scores, strict=True)
+            ]
             rewards = original(rows, *args, **kwargs)
             return rewards if self.policy is None else self.policy.after_rewards(self.trainer, rewards, self.scores)
 
@@ -225,11 +184,15 @@ class RolloutScoring:
         sources = {reader.reader for reader in self.readers.values()}
         with ExitStack() as stack:
             for model, source in ((self.trainer.model, None), (reference, "frozen")):
-                if model is None or (source is not None and source not in sources):
-                    continue
-                layers = sorted({layer for opened in self._opened.values() for layer in opened})
-                hook = stack.enter_context(ResidualHook(model, layers))
-                stack.enter_context(hook.listen(functools.partial(self._read, model, source)))
+                # torch.compile would trace the hooks into its graph, or not see them: our own forward is eager.
+                if model is not None and (source is None or source in sources) and not is_compiled(model):
+                    stack.enter_context(self._listen_to(model, source))
+            yield
+
+    @contextmanager
+    def _listen_to(self, model: Any, source: str | None) -> Iterator[None]:
+        layers = sorted({layer for opened in self._opened.values() for layer in opened})
+        with ResidualHook(model, layers) as hook, hook.listen(functools.partial(self._read, model, source)):
             yield
 
     @torch.no_grad()
@@ -250,7 +213,7 @@ class RolloutScoring:
         rows = rollouts.found.setdefault(source, [None] * len(rollouts.completions))
         mask = capture.attention_mask
         for name, reader in wanted.items():
-            read = self._read_features(name, reader.kind, capture)
+            read = self._read_features(reader, capture)
             for row, start in enumerate(places):
                 number = first + row
                 completion = rollouts.completions[number]
@@ -267,21 +230,24 @@ class RolloutScoring:
                 ids = reader.features.ids
                 entry[name] = RolloutActivations(ids, values, active, score, keep.to(score.device))
 
-    def _read_features(self, name: str, kind: str, capture: Capture) -> tuple[Tensor, Tensor, Tensor]:
-        values, active, score = [], [], []
-        opened = self._opened[name]
+    def _read_features(self, reader: FeatureReader, capture: Capture) -> tuple[Tensor, Tensor, Tensor]:
+        """Values and firings `(B, T, S)`, columns in the order of the reader's features, and scores `(B, T)`."""
+        values, active, score, columns = [], [], [], []
+        opened = self._opened[reader.name]
         for layer, chosen in opened.items():
             residual = capture.residuals[layer]
             if chosen.W_SD.device != residual.device:
                 chosen = opened[layer] = chosen.to(residual.device)
-            terms = PENALTIES[kind](residual, chosen)
+            terms = PENALTIES[reader.kind](residual, chosen)
             values.append(terms.values_BTS)
             active.append(terms.active_BTS)
             score.append(terms.penalty_BT.float())
+            columns += [feature.id for feature in reader.features.for_layer(layer)]
         first = score[0].device
+        order = [columns.index(feature) for feature in reader.features.ids]
         return (
-            torch.cat([v.float().to(first) for v in values], dim=-1),
-            torch.cat([a.to(first) for a in active], dim=-1),
+            torch.cat([v.float().to(first) for v in values], dim=-1)[..., order],
+            torch.cat([a.to(first) for a in active], dim=-1)[..., order],
             torch.stack([s.to(first) for s in score]).sum(0),
         )
 
@@ -309,7 +275,8 @@ class RolloutScoring:
             if rollouts.next_row[source] != num_rows:
                 raise PenaltySelfCheckError(
                     f"The scoring forward showed {rollouts.next_row[source]} of {num_rows} rollouts: the hooks did "
-                    f"not fire. A compiled model keeps the hooks it was compiled with; train without `torch_compile`."
+                    f"not fire, or not on these token ids. Rollout scoring needs a model whose forward runs its "
+                    f"decoder layers on `input_ids`, as those of transformers do."
                 )
 
     def _forward(self, source: str, rollouts: Rollouts) -> None:
@@ -317,21 +284,18 @@ class RolloutScoring:
         tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
         training = trainer.model.training
         size = trainer.args.per_device_train_batch_size if training else trainer.args.per_device_eval_batch_size
-        prompt_width = max(len(ids) for ids in rollouts.prompts)
-        # As TRL does in its own forwards, so that what is scored does not depend on whose forward showed it.
-        masks_truncated = getattr(trainer.args, "mask_truncated_completions", False)
         ends = {tokenizer.pad_token_id, *(getattr(trainer, "eos_token_ids", None) or [trainer.eos_token_id])}
-        rows, masks = [], []
-        width = max(len(ids) for ids in rollouts.completions)
-        for prompt, completion in zip(rollouts.prompts, rollouts.completions, strict=True):
-            left, right = prompt_width - len(prompt), width - len(completion)
-            pad = tokenizer.pad_token_id
-            rows.append([pad] * left + prompt + completion + [pad] * right)
-            attended = int(not (masks_truncated and completion and completion[-1] not in ends))
-            masks.append([0] * left + [1] * len(prompt) + [attended] * len(completion) + [0] * right)
+        rows, masks = padded_rollouts(
+            rollouts, tokenizer.pad_token_id, ends, getattr(trainer.args, "mask_truncated_completions", False)
+        )
         device = trainer.accelerator.device
         ids_BT, mask_BT = torch.tensor(rows, device=device), torch.tensor(masks, device=device)
-        with torch.no_grad(), self._reading(source) as model:
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            model = stack.enter_context(self._reading(source))
+            if is_compiled(model):
+                stack.enter_context(self._listen_to(model, None if model is trainer.model else source))
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
             for start in range(0, len(rows), size):
                 chunk = slice(start, start + size)
                 model(input_ids=ids_BT[chunk], attention_mask=mask_BT[chunk], use_cache=False, **last_logits(model, 1))

@@ -15,7 +15,7 @@ from torch import Tensor
 from qscope_trl.errors import AttachError, QScopeWarning
 from qscope_trl.hooks.edit import ResidualAdd
 from qscope_trl.training.generations import last_logits
-from qscope_trl.training.scores import FeatureReader
+from qscope_trl.training.reader import FeatureReader
 
 
 def truncated_ratio(policy_logps: Tensor, steered_logps: Tensor, max_ratio: float) -> Tensor:

@@ -99,6 +99,18 @@ def test_texts_without_loops_are_refused(saes: Path) -> None:
         find_repetition_features(tiny_model(), tiny_tokenizer(), suite, ["w2 w3 w4"], layers=[1])
 
 
+def test_loops_over_which_nothing_grows_are_refused(tmp_path: Path) -> None:
+    folder = write_saes(tmp_path / "saes", [1])
+    silent = random_sae(101)
+    silent["b_enc"] -= 1e6
+    torch.save(silent, folder / "layer1.sae.pt")
+    suite = SAESuite.from_pretrained(folder, k=K)
+    with pytest.raises(DataError, match=r"No feature grows over the loops of these texts. Search other layers"):
+        find_repetition_features(
+            tiny_model(), tiny_tokenizer(), suite, looping_texts(), layers=[1], show_progress=False
+        )
+
+
 def test_continuation_is_the_models_own(saes: Path) -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
     texts = ["w5 w6", "w4 w7 w8 w9"]

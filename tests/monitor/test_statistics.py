@@ -58,6 +58,9 @@ def test_processes_with_different_data_reduce_to_the_whole_and_each_reduces_once
     assert halves[0].metrics(reduce_fn, CPU) == pytest.approx(whole.metrics(None, CPU))
     assert FeatureStatistics(IDS, "mean_act").metrics(reduce_fn, CPU) == pytest.approx(whole.metrics(None, CPU))
     assert len(calls) == 2
+    # A checkpoint holds the sums of all, also from a process without data.
+    assert FeatureStatistics(IDS, "mean_act").state(reduce_fn, CPU) == pytest.approx(whole.state())
+    assert len(calls) == 3
 
 
 def test_state_goes_on_where_it_stopped_and_reset_forgets() -> None:

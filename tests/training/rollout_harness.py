@@ -1,4 +1,4 @@
-"""Tiny GRPO trainers, and an independent reading of their rollouts."""
+"""Tiny GRPO trainers with and without rollout policies, and an independent reading of their rollouts."""
 
 from __future__ import annotations
 
@@ -7,20 +7,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import trl
 from datasets import Dataset
+from packaging.version import Version
 from trl import GRPOConfig, GRPOTrainer
 
-from qscope_trl import FeatureSet
+from qscope_trl import FeatureSet, RolloutPolicy, SAEGRPOTrainer
 from qscope_trl.features import Feature
-from tests.tiny import random_sae, sentence, tiny_model, tiny_tokenizer
-from tests.training.harness import arguments
+from tests.tiny import K, random_sae, sentence, tiny_model, tiny_tokenizer
+from tests.training.harness import arguments, train
 from tests.training.reference import run
 
-FEATURES = [(1, 3, 1.0, 0.1), (2, 40, 0.5, -0.2), (2, 7, 2.0, 0.0)]
-"""(layer, index, weight, threshold)"""
+FEATURES = [(2, 40, 0.5, -0.2), (1, 3, 1.0, 0.1), (2, 7, 2.0, 0.0)]
+"""(layer, index, weight, threshold); not in the order of the layers, as a set need not be"""
 GROUP = 4
 LENGTH = 6
+PER_TOKEN = pytest.mark.skipif(Version(trl.__version__) < Version("1.0"), reason="one advantage per rollout only")
 
 
 def features() -> FeatureSet:
@@ -94,3 +98,45 @@ def token_scores(values_CS: torch.Tensor) -> torch.Tensor:
     for column, (_, _, weight, threshold) in enumerate(FEATURES):
         total += weight * torch.clamp(values_CS[:, column] - threshold, min=0)
     return total
+
+
+def policy(saes: Path, kind: str, **settings: Any) -> RolloutPolicy:
+    return RolloutPolicy(kind, features(), saes, sae_k=K, **{"reader": "policy", **settings})
+
+
+class Watching:
+    """Keeps what the trainer will train on, generation by generation."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.outputs: list[dict[str, Any]] = []
+        original = trainer._generate_and_score_completions
+
+        def watch(inputs: Any) -> Any:
+            output = original(inputs)
+            self.outputs.append({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in output.items()})
+            return output
+
+        trainer._generate_and_score_completions = watch
+
+
+def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
+    """TRL's default: minus the group's mean, over its standard deviation plus 1e-4."""
+    grouped = rewards.view(-1, GROUP)
+    return ((grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True) + 1e-4)).flatten()
+
+
+def run_policy(tmp_path: Path, rewards: list[Any], chosen: RolloutPolicy, **changes: Any) -> tuple[Any, Watching]:
+    torch.manual_seed(0)
+    trainer = grpo_trainer(tmp_path, rewards, kind=SAEGRPOTrainer, rollout_policy=chosen, max_steps=1, **changes)
+    watching = Watching(trainer)
+    train(trainer)
+    return trainer, watching
+
+
+def parity_advantages(watching: Watching) -> torch.Tensor:
+    output = watching.outputs[0]
+    ids = [
+        row[keep.bool()].tolist()
+        for row, keep in zip(output["completion_ids"], output["completion_mask"], strict=True)
+    ]
+    return group_advantages(torch.tensor(parity(ids)))

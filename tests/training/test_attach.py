@@ -11,11 +11,9 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import PromptTuningConfig
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from transformers import Trainer, TrainingArguments
 
-from qscope_trl import FeatureSet, GroupCollator, SAEPenaltyCallback, SAESuite, attach
+from qscope_trl import FeatureSet, GroupCollator, SAESuite, attach
 from qscope_trl.errors import (
     AttachError,
     CheckpointError,
@@ -23,45 +21,17 @@ from qscope_trl.errors import (
     DataError,
     FeatureSetError,
     ModelStructureError,
-    PenaltySelfCheckError,
-    QScopeWarning,
 )
 from qscope_trl.features import Feature
 from qscope_trl.training.penalty import PENALTIES
-from tests.tiny import D_MODEL, D_SAE, K, tiny_model, tiny_tokenizer, write_saes
-from tests.training.harness import arguments, pad_collate, sft_dataset, tokenized_rows, train
-from tests.training.test_equality import lora
-
-NAMES = ["L1F3", "L2F40"]
+from tests.tiny import D_MODEL, D_SAE, K, tiny_model, write_saes
+from tests.training.harness import arguments, pad_collate, tokenized_rows, train
+from tests.training.penalty_harness import NAMES, callback, hook_count, make_trainer, plain_trainer
 
 
 @pytest.fixture(scope="module")
 def saes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_saes(tmp_path_factory.mktemp("saes"))
-
-
-def make_trainer(tmp_path: Path, callbacks: list[Any], model: Any = None, **changes: Any) -> SFTTrainer:
-    settings = {"learning_rate": 1e-2, "optim": "adamw_torch", "output_dir": str(tmp_path), **changes}
-    return SFTTrainer(
-        tiny_model() if model is None else model,
-        args=arguments(SFTConfig, **settings),
-        train_dataset=sft_dataset(),
-        eval_dataset=sft_dataset(4, seed=9),
-        processing_class=tiny_tokenizer(),
-        callbacks=callbacks,
-    )
-
-
-def callback(saes: Any, features: Any = NAMES, weight: float = 0.5, **settings: Any) -> SAEPenaltyCallback:
-    return SAEPenaltyCallback(saes, features, weight, sae_k=K, **settings)
-
-
-def hook_count(model: torch.nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
-
-
-def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def is_trained(row: dict[str, list[int]], position: int) -> bool:
@@ -136,6 +106,30 @@ def test_attach_as_context_manager_takes_everything_off_after_an_error(saes: Pat
     assert hook_count(trainer.model) == before
 
 
+class ShortOfMemory(Trainer):
+    """Has memory for one row at a time."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(inputs["input_ids"]) > 1:
+            raise RuntimeError("CUDA out of memory.")
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+@pytest.mark.parametrize("by", ["callback", "attach"])
+def test_the_penalty_stays_when_the_batch_size_is_halved(by: str, saes: Path, tmp_path: Path) -> None:
+    cb = callback(saes) if by == "callback" else None
+    trainer = plain_trainer(ShortOfMemory, tmp_path, cb, auto_find_batch_size=True)
+    if by == "attach":
+        with attach(trainer, saes, NAMES, penalty_weight=0.5, sae_k=K):
+            train(trainer)
+    else:
+        train(trainer)
+    logged = [e for e in trainer.state.log_history if "loss" in e]
+    assert len(logged) == 10
+    assert all("sae/penalty" in e for e in logged)
+    assert hook_count(trainer.model) == 0
+
+
 def test_attach_gives_the_same_run_as_the_callback(saes: Path, tmp_path: Path) -> None:
     one = make_trainer(tmp_path, [callback(saes)])
     train(one)
@@ -144,21 +138,6 @@ def test_attach_gives_the_same_run_as_the_callback(saes: Path, tmp_path: Path) -
         train(two)
     for name, value in one.model.state_dict().items():
         assert torch.equal(value, two.model.state_dict()[name]), name
-
-
-def test_a_second_train_call_attaches_again(saes: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, [callback(saes)])
-    train(trainer)
-    first = len([e for e in trainer.state.log_history if "sae/penalty" in e])
-    train(trainer)
-    assert len([e for e in trainer.state.log_history if "sae/penalty" in e]) == first == 5
-
-
-def test_a_callback_added_later_attaches_at_train_begin(saes: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, [])
-    trainer.add_callback(callback(saes))
-    train(trainer)
-    assert all("sae/penalty" in e for e in trainer.state.log_history if "loss" in e)
 
 
 def test_model_init_moves_the_hooks_to_the_new_model(saes: Path, tmp_path: Path) -> None:
@@ -238,43 +217,6 @@ def test_monitors_are_measured_and_never_penalised(saes: Path, tmp_path: Path) -
         assert torch.equal(value, monitored.model.state_dict()[name]), name
     logged = [e for e in monitored.state.log_history if "loss" in e]
     assert all({"sae/monitor/L2F9/mean_pre_act", "sae/monitor/L3F1/firing_rate"} <= e.keys() for e in logged)
-
-
-# --- schedule and state ----------------------------------------------------------------------------------------------
-
-
-def test_schedule_is_logged_and_reaches_its_ends(saes: Path, tmp_path: Path) -> None:
-    cb = callback(saes, weight=1.0, penalty_schedule="warmup", penalty_schedule_steps=4)
-    trainer = make_trainer(tmp_path, [cb])
-    train(trainer)
-    assert [e["sae/penalty_weight"] for e in trainer.state.log_history if "loss" in e] == [0.25, 0.5, 0.75, 1.0, 1.0]
-
-
-@pytest.mark.parametrize("logging_steps", [1, 2])
-def test_resumed_run_equals_uninterrupted_run(saes: Path, tmp_path: Path, logging_steps: int) -> None:
-    settings: dict[str, Any] = {
-        "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 3, "logging_steps": logging_steps,
-    }  # fmt: skip
-    penalty = {"weight": 1.0, "penalty_schedule": "decay", "penalty_schedule_steps": 8}
-    whole = make_trainer(tmp_path / "whole", [callback(saes, **penalty)], **settings)
-    train(whole)
-    resumed = make_trainer(tmp_path / "whole", [callback(saes, **penalty)], **settings)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(value, resumed.model.state_dict()[name]), name
-    keys = ["sae/penalty_weight", "sae/penalty", "sae/L1F3/mean_pre_act"]
-    histories = [
-        [[e[key] for key in keys] for e in trainer.state.log_history if "loss" in e] for trainer in (whole, resumed)
-    ]
-    assert histories[0] == [pytest.approx(entry) for entry in histories[1]]
-
-
-def test_resuming_with_other_settings_warns(saes: Path, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3}
-    train(make_trainer(tmp_path, [callback(saes)], **settings))
-    resumed = make_trainer(tmp_path, [callback(saes, weight=0.25)], **settings)
-    with pytest.warns(QScopeWarning, match=r"`penalty_weight=0.5`, this run says 0.25"):
-        resumed.train(resume_from_checkpoint=True)
 
 
 # --- groups ----------------------------------------------------------------------------------------------------------
@@ -386,120 +328,9 @@ def test_feature_set_of_another_sae_of_the_same_shape_is_refused(saes: Path, tmp
         make_trainer(tmp_path, [callback(saes, features)])
 
 
-def test_lora_only_above_the_layer_is_refused(saes: Path, tmp_path: Path) -> None:
-    model = lora(tiny_model(), layers_to_transform=[3])
-    with pytest.raises(AttachError, match=r"No trainable parameter lies at or below layer 1"):
-        make_trainer(tmp_path, [callback(saes)], model)
-    make_trainer(tmp_path, [callback(saes, weight=0.0)], model)  # measuring is fine
-    make_trainer(tmp_path, [callback(saes, ["L3F1"])], model)  # so is a layer that LoRA reaches
-
-
 def test_model_without_decoder_layers_is_refused(saes: Path, tmp_path: Path) -> None:
     trainer = SimpleNamespace(
-        model=torch.nn.Linear(2, 2), args=SimpleNamespace(n_gpu=1), compute_loss=print, accelerator=None
+        model=torch.nn.Linear(2, 2), args=SimpleNamespace(n_gpu=1), compute_loss=print, add_callback=print
     )
     with pytest.raises(ModelStructureError, match=r"`Linear` has no transformers `config`"):
         callback(saes).attach(trainer)
-
-
-def test_data_parallel_is_refused(saes: Path, tmp_path: Path) -> None:
-    trainer = SimpleNamespace(model=tiny_model(), args=SimpleNamespace(n_gpu=2), compute_loss=print)
-    with pytest.raises(AttachError, match=r"DataParallel over 2 GPUs"):
-        callback(saes).attach(trainer)
-
-
-def test_sequence_parallelism_is_refused(saes: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, [])
-    trainer.accelerator = SimpleNamespace(
-        parallelism_config=SimpleNamespace(sp_enabled=True, sp_backend="deepspeed", cp_enabled=False)
-    )
-    with pytest.raises(AttachError, match=r"splits sequences over processes"):
-        callback(saes).attach(trainer)
-
-
-def test_prompt_learning_is_refused(saes: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, [])
-    trainer.model.peft_config = {"default": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)}
-    with pytest.raises(AttachError, match=r"Adapter `default` learns virtual tokens \(PromptTuningConfig\)"):
-        callback(saes).attach(trainer)
-
-
-def test_trainer_without_compute_loss_is_refused(saes: Path) -> None:
-    trainer = SimpleNamespace(model=tiny_model(), args=SimpleNamespace(n_gpu=1))
-    with pytest.raises(AttachError, match=r"has no `compute_loss`"):
-        callback(saes).attach(trainer)
-
-
-class BypassingTrainer(Trainer):
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        loss = model(**self._prepare_inputs(inputs)).loss
-        self.accelerator.backward(loss)
-        return loss.detach()
-
-
-def plain_trainer(kind: type[Trainer], tmp_path: Path, cb: TrainerCallback, model: Any = None) -> Trainer:
-    return kind(
-        tiny_model() if model is None else model,
-        args=arguments(TrainingArguments, output_dir=str(tmp_path), remove_unused_columns=False),
-        train_dataset=tokenized_rows(),
-        data_collator=pad_collate,
-        callbacks=[cb],
-    )
-
-
-def test_trainer_that_bypasses_compute_loss_is_caught(saes: Path, tmp_path: Path) -> None:
-    trainer = plain_trainer(BypassingTrainer, tmp_path, callback(saes))
-    with pytest.raises(PenaltySelfCheckError, match=r"`BypassingTrainer` .* without calling `compute_loss`"):
-        train(trainer)
-    assert hook_count(trainer.model) == 0
-
-
-class NoGradTrainer(Trainer):
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        with torch.no_grad():
-            model(**inputs)
-        return self.model.lm_head.weight.sum()
-
-
-def test_step_without_a_gradient_capture_is_caught(saes: Path, tmp_path: Path) -> None:
-    with pytest.raises(PenaltySelfCheckError, match=r"ran the model without gradients only"):
-        train(plain_trainer(NoGradTrainer, tmp_path, callback(saes)))
-
-
-class SkippingTrainer(Trainer):
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        return self.model.lm_head(self.model.get_input_embeddings()(inputs["input_ids"])).mean()
-
-
-def test_step_without_any_capture_is_caught(saes: Path, tmp_path: Path) -> None:
-    with pytest.raises(PenaltySelfCheckError, match=r"without a residual of layers \[1, 2\]: the hooks did not fire"):
-        train(plain_trainer(SkippingTrainer, tmp_path, callback(saes)))
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_model_compiled_before_attaching_is_caught(saes: Path, tmp_path: Path) -> None:
-    torch._dynamo.reset()
-    compiled = torch.compile(tiny_model(), backend="eager")
-    train(plain_trainer(Trainer, tmp_path, TrainerCallback(), compiled))
-    with pytest.raises(PenaltySelfCheckError, match=r"compiled before the penalty was attached"):
-        train(plain_trainer(Trainer, tmp_path, callback(saes), compiled))
-    torch._dynamo.reset()
-
-
-def test_batch_without_trained_tokens_asks_for_all(saes: Path, tmp_path: Path) -> None:
-    class Unlabelled(Trainer):
-        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-            return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.mean()
-
-    trainer = plain_trainer(Unlabelled, tmp_path, callback(saes))
-    trainer.data_collator = lambda rows: {k: v for k, v in pad_collate(rows).items() if k != "labels"}
-    with pytest.raises(DataError, match=r"`penalty_tokens='labels'` has no meaning here. Set `penalty_tokens='all'`"):
-        train(trainer)
-    trainer = plain_trainer(Unlabelled, tmp_path, callback(saes, penalty_tokens="all"))
-    train(trainer)
-    assert all(e["sae/penalty"] > 0 for e in trainer.state.log_history if "loss" in e)
-
-
-def test_callback_outside_any_trainer_names_attach(saes: Path) -> None:
-    with pytest.raises(AttachError, match=r"Call `callback.attach\(trainer\)`"):
-        callback(saes).on_train_begin(SimpleNamespace(), SimpleNamespace(global_step=0), SimpleNamespace())

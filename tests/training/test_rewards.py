@@ -13,16 +13,16 @@ import pytest
 import torch
 from trl import GRPOTrainer
 
-from qscope_trl import FeatureReward
-from qscope_trl.errors import ConfigError
+from qscope_trl import FeatureReward, SAEGRPOTrainer
+from qscope_trl.errors import AttachError, ConfigError
 from qscope_trl.features import FeatureId
 from qscope_trl.training.generations import RolloutActivations
 from qscope_trl.training.rewards import aggregate, fired_tokens
-from tests.tiny import K, write_saes
+from tests.tiny import K, tiny_model, tiny_tokenizer, write_saes
 from tests.training.harness import train
-from tests.training.rollout_harness import FEATURES, Recorder, features, grpo_trainer, parity
+from tests.training.rollout_harness import FEATURES, Recorder, features, fresh_values, grpo_trainer, parity
 
-IDS = tuple(FeatureId(layer=a, index=i) for a, i, *_ in FEATURES)
+IDS = (FeatureId(1, 3), FeatureId(2, 40), FeatureId(2, 7))
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +114,78 @@ def test_metrics_and_columns_reach_trl(saes: Path, tmp_path: Path) -> None:
     assert entry["sae/loops/score"] == pytest.approx(
         sum(columns["loops_score"]) / len(columns["loops_score"]), rel=1e-5
     )
+
+
+def test_metrics_and_table_name_the_features_that_were_read(saes: Path, tmp_path: Path) -> None:
+    """Also where the set is not in the order of the layers, against plain forwards."""
+    recorder, metrics, columns = Recorder(), {}, {}
+    reward = FeatureReward(features(), saes, sae_k=K, reader="policy")
+    model = tiny_model()
+    trainer = grpo_trainer(tmp_path, [recorder, reward], max_steps=1)
+    train(trainer)
+    call = recorder.calls[0]
+    reward(
+        sae_activations=call["sae_activations"],
+        log_metric=lambda name, value: metrics.update({name: value}),
+        log_extra=lambda name, values: columns.update({name: values}),
+    )
+    tokenizer = tiny_tokenizer()
+    values = [
+        fresh_values(model, tokenizer(prompt).input_ids, ids)
+        for prompt, ids in zip(call["prompts"], call["completion_ids"], strict=True)
+    ]
+    for column, (layer, index, _, threshold) in enumerate(FEATURES):
+        name = f"L{layer}F{index}"
+        mine = torch.cat(values)[:, column]
+        assert metrics[f"sae/feature_reward/{name}/mean_pre_act"] == pytest.approx(float(mine.mean()), abs=1e-5)
+        assert metrics[f"sae/feature_reward/{name}/firing_rate"] == pytest.approx(
+            float((mine > threshold).float().mean())
+        )
+        for row, shown in zip(values, columns["feature_reward_fired"], strict=True):
+            assert (f"{name}@" in shown) == bool((row[:, column] > threshold).any())
+
+
+# --- a reward inside another function --------------------------------------------------------------------------------
+
+
+def doubled(reward: FeatureReward, **only: Any) -> Any:
+    def inside(**kwargs: Any) -> list[float | None]:
+        given = {key: kwargs[key] for key in only} if only else kwargs
+        return [None if value is None else 2 * value for value in reward(**given)]
+
+    return inside
+
+
+def test_reward_inside_a_function_is_refused(saes: Path, tmp_path: Path) -> None:
+    reward = FeatureReward(features(), saes, sae_k=K, reader="policy")
+    with pytest.raises(AttachError, match=r"reads no features for `feature_reward` \(it reads none\).*itself"):
+        train(grpo_trainer(tmp_path, [parity, doubled(reward)], kind=SAEGRPOTrainer))
+    with pytest.raises(AttachError, match=r"called without activations: .* itself, not a function around it"):
+        train(grpo_trainer(tmp_path, [parity, doubled(reward)]))
+
+
+@pytest.mark.parametrize("only", [{}, {"sae_activations": 0}], ids=["all keywords", "activations alone"])
+def test_reward_inside_a_function_beside_another_reader_is_refused(
+    only: dict[str, Any], saes: Path, tmp_path: Path
+) -> None:
+    reward = FeatureReward(features(), saes, sae_k=K, reader="policy")
+    other = FeatureReward(["L2F9"], saes, sae_k=K, reader="policy", name="other")
+    with pytest.raises(AttachError, match=r"no features for `feature_reward` \(it reads other\)"):
+        train(grpo_trainer(tmp_path, [other, doubled(reward, **only)], kind=SAEGRPOTrainer))
+
+
+def test_features_of_a_namesake_are_not_taken(saes: Path, tmp_path: Path) -> None:
+    reward, other = (FeatureReward([name], saes, sae_k=K, reader="policy") for name in ("L1F3", "L2F9"))
+    with pytest.raises(AttachError, match=r"no features for `feature_reward` \(it reads feature_reward\)"):
+        train(grpo_trainer(tmp_path, [other, doubled(reward)]))
+
+
+def test_a_reward_may_be_used_by_itself_and_inside_a_function(saes: Path, tmp_path: Path) -> None:
+    reward = FeatureReward(features(), saes, sae_k=K, reader="policy")
+    trainer = grpo_trainer(tmp_path, [reward, doubled(reward)])
+    train(trainer)
+    entry = next(e for e in trainer.state.log_history if "reward" in e)
+    assert entry["rewards/inside/mean"] == pytest.approx(2 * entry["rewards/feature_reward/mean"], rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["preact_hinge", "topk_act"])

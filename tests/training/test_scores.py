@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from qscope_trl import FeatureReward
-from qscope_trl.errors import AttachError, ConfigError, FeatureSetError
+from qscope_trl.errors import AttachError, ConfigError, FeatureSetError, PenaltySelfCheckError
 from qscope_trl.training.generations import Rollouts, find_rollouts, read_generation
 from qscope_trl.training.scores import RolloutScoring
 from tests.tiny import K, tiny_model, tiny_tokenizer, write_saes
@@ -138,6 +139,7 @@ def test_scores_equal_a_fresh_forward_and_forwards_are_counted(setting: str, sae
             call["prompts"], call["completion_ids"], call["sae_activations"], strict=True
         ):
             found = scores["feature_reward"]
+            assert found.ids == features().ids
             wanted = fresh_values(wanted_model, tokenizer(prompt).input_ids, completion)
             assert found.values_CS.shape == (len(completion), len(FEATURES))
             assert float((found.values_CS - wanted).abs().max() / wanted.abs().max()) < TOLERANCE
@@ -161,12 +163,42 @@ def hook_count(model: torch.nn.Module) -> int:
 
 
 def test_no_hook_remains_and_rows_are_not_changed(saes: Path, tmp_path: Path) -> None:
+    during: list[int] = []
+
+    def counting(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        during.append(hook_count(trainer.model))
+        return [0.0] * len(completion_ids)
+
     recorder = Recorder()
-    trainer = grpo_trainer(tmp_path, [recorder, reward(saes, reader="policy")])
+    trainer = grpo_trainer(tmp_path, [recorder, counting, reward(saes, reader="policy")])
+    generated: list[list[dict[str, Any]]] = []
+    generate = trainer._generate
+
+    def watch(prompts: Any, *args: Any, **kwargs: Any) -> Any:
+        during.append(hook_count(trainer.model))
+        return generate(prompts, *args, **kwargs)
+
+    trainer._generate = watch
+    score = trainer._generate_and_score_completions
+
+    def keep(rows: Any) -> Any:
+        generated.append([dict(row) for row in rows])
+        output = score(rows)
+        assert rows == generated[-1]
+        during.append(hook_count(trainer.model))
+        return output
+
+    trainer._generate_and_score_completions = keep
     before = hook_count(trainer.model)
     train(trainer)
+    # Before generation, while rewards are computed, and afterwards: hooks are there only while rollouts are read.
+    assert during == [before] * 6
     assert hook_count(trainer.model) == before
-    assert recorder.calls[0]["number"] is not None
+    assert RolloutScoring.of(trainer).scores[0] is not None
+    # Reward functions see the dataset's columns as they are; what is ours comes beside them.
+    for call, rows in zip(recorder.calls, generated, strict=True):
+        assert call["number"] == [row["number"] for row in rows]
+        assert call["prompts"] == [row["prompt"] for row in rows]
 
 
 def test_no_hook_remains_after_an_error(saes: Path, tmp_path: Path) -> None:
@@ -255,6 +287,89 @@ def test_evaluation_scores_too(saes: Path, tmp_path: Path) -> None:
     trainer.evaluate(eval_dataset=trainer.train_dataset)
     assert all(scores is not None for scores in recorder.calls[0]["sae_activations"])
     assert hook_count(trainer.model) == hook_count(tiny_model())
+
+
+# --- torch.compile ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def assert_scores_are_those_of(model: Any, call: dict[str, Any]) -> None:
+    for prompt, completion, scores in zip(
+        call["prompts"], call["completion_ids"], call["sae_activations"], strict=True
+    ):
+        wanted = fresh_values(model, tiny_tokenizer()(prompt).input_ids, completion)
+        found = scores["feature_reward"].values_CS
+        assert float((found - wanted).abs().max() / wanted.abs().max()) < TOLERANCE
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(
+    ("reader", "changes", "own"),
+    [
+        ("policy", {}, 1),
+        ("policy", {"num_iterations": 2}, 0),
+        # TRL compiles the reference model, so its pass is not read.
+        ("frozen", {"beta": 0.1}, 1),
+    ],
+)
+def test_scores_are_right_with_torch_compile(
+    reader: str, changes: dict[str, Any], own: int, saes: Path, tmp_path: Path
+) -> None:
+    recorder = Recorder()
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 1}
+    trainer = start("full", tmp_path, [recorder, reward(saes, reader=reader)], {**changes, **compiled})
+    disturb(trainer.model)
+    policy = twin(trainer, "full")
+    train(trainer)
+    assert "OptimizedModule" in type(trainer.model_wrapped).__name__
+    assert ("OptimizedModule" in type(trainer.ref_model).__name__) == (reader == "frozen")
+    assert RolloutScoring.of(trainer).num_forwards == own
+    assert_scores_are_those_of(tiny_model() if reader == "frozen" else policy, recorder.calls[0])
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("way", ["wrapped", "in place"])
+def test_a_model_compiled_before_there_were_hooks_is_read_uncompiled(way: str, saes: Path, tmp_path: Path) -> None:
+    model = tiny_model()
+    if way == "wrapped":
+        model = torch.compile(model, backend="eager")
+    else:
+        model.compile(backend="eager")
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[3, 4, 5]]))
+    recorder = Recorder()
+    trainer = grpo_trainer(tmp_path, [recorder, reward(saes, reader="policy")], model=model)
+    # As a training step does, without its backward.
+    trainer._generate_and_score_completions([{"prompt": f"w{n} w7"} for n in (2, 2, 3, 3)])
+    assert_scores_are_those_of(tiny_model(), recorder.calls[0])
+    assert hook_count(trainer.model) == 0
+
+
+def test_a_forward_that_shows_no_rollout_is_refused(saes: Path, tmp_path: Path) -> None:
+    trainer = grpo_trainer(tmp_path, [reward(saes, reader="policy")])
+    decoder = trainer.model.get_decoder()
+
+    class Unhooked(type(decoder)):  # type: ignore[misc]
+        """Runs no hooks, as a model compiled ahead of time."""
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return self.forward(*args, **kwargs)
+
+    decoder.__class__ = Unhooked
+    before = hook_count(trainer.model)
+    with pytest.raises(PenaltySelfCheckError, match=r"showed 0 of 4 rollouts: the hooks did not fire"):
+        train(trainer)
+    assert hook_count(trainer.model) == before
+
+
+# --- other engines and trainers --------------------------------------------------------------------------------------
 
 
 def test_rloo_scores_from_its_own_pass(saes: Path, tmp_path: Path) -> None:

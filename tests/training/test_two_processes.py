@@ -1,4 +1,4 @@
-"""Rollout policies over two processes: groups that span both are handled as one, and nothing waits for ever."""
+"""Two processes: groups of rollouts that span both are one group, checkpoints hold the sums of both."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tests.training.rollout_harness import parity
 ROOT = Path(__file__).parents[2]
 
 
-def launch(tmp_path: Path, kind: str, cutoff: float = 0.0) -> list[dict[str, Any]]:
+def launch(tmp_path: Path, kind: str, cutoff: float = 0.0, script: str = "two_processes.py") -> list[dict[str, Any]]:
     """What both processes saw; they draw the same rollouts in every launch."""
     tmp_path.mkdir(exist_ok=True)
     saes = write_saes(tmp_path / "saes")
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command += ["--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    command += [str(Path(__file__).with_name("two_processes.py")), str(saes), str(tmp_path), kind]
+    command += [str(Path(__file__).with_name(script)), str(saes), str(tmp_path), kind]
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -73,3 +73,13 @@ def test_a_group_over_two_processes_is_one_group(kind: str, tmp_path: Path) -> N
         plain = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
         wanted = torch.where(plain < 0, plain * (1 + scores).clamp(max=5), plain)
     assert torch.allclose(trained, wanted, atol=1e-3)
+
+
+@pytest.mark.distributed
+def test_a_run_resumed_inside_a_log_window_logs_as_the_whole_one(tmp_path: Path) -> None:
+    """The checkpoint holds the sums of both processes, and they are counted once."""
+    ranks = launch(tmp_path, "resume", script="two_processes_penalty.py")
+    assert ranks[0]["saved"] == pytest.approx(ranks[0]["expected"])
+    for rank in ranks:
+        assert rank["whole"].keys() == rank["resumed"].keys() > {"sae/penalty", "sae/monitor/L3F9/firing_rate"}
+        assert rank["resumed"] == pytest.approx(rank["whole"])

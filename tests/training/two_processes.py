@@ -62,11 +62,11 @@ def main() -> None:
     seen["log"] = {k: v for k, v in log.items() if k.startswith("sae/rollouts")}
     (Path(output) / f"rank{rank}.json").write_text(json.dumps(seen))
     trainer.accelerator.end_training()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All is on disk. Without any teardown, in which gloo's threads now and then abort the process although the process
+    # group was destroyed (pytorch/pytorch#190489), or hang when the trainer is freed after its group.
+    os._exit(0)
 
 
 main()
-sys.stdout.flush()
-sys.stderr.flush()
-# All is on disk. Without the interpreter's teardown, in which gloo's threads now and then abort the process although
-# the process group was destroyed (pytorch/pytorch#190489).
-os._exit(0)
