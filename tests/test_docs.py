@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -9,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from qscope_trl import FeatureSet
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "CI": "1"}
@@ -47,7 +50,9 @@ def test_the_readme_script_runs_on_the_bundled_model(tmp_path: Path) -> None:
         prepared = prepared.replace(given, local)
     before = "from datasets import Dataset\nfrom qscope_trl.demo import assets\ndataset = Dataset.from_list(assets.rows('sft_train')[:32])\n"  # noqa: E501
     after = "\nprint([e['sae/penalty'] for e in trainer.state.log_history if 'sae/penalty' in e])"
-    assert run(before + prepared + after, tmp_path).strip().splitlines()[-1].startswith("[")
+    penalties = json.loads(run(before + prepared + after, tmp_path).strip().splitlines()[-1])
+    assert len(penalties) == 2
+    assert min(penalties) > 0
 
 
 def test_the_readmes_grpo_script_runs_on_the_bundled_model(tmp_path: Path) -> None:
@@ -61,7 +66,7 @@ def test_the_readmes_grpo_script_runs_on_the_bundled_model(tmp_path: Path) -> No
     for given, local in [
         ('"Qwen/Qwen3-8B-Base"', repr(str(assets.MODEL))),
         ('"Qwen/SAE-Res-Qwen3-8B-Base-W64K-L0_50"', repr(str(assets.saes()))),
-        ('"features/zh.yaml"', '["L5F1"]'),
+        ('"features/zh.yaml"', '["L5F450"]'),  # fires in ordinary text
         ('GRPOConfig(output_dir="out", beta=0.02)', small),
     ]:
         assert given in script
@@ -71,10 +76,23 @@ def test_the_readmes_grpo_script_runs_on_the_bundled_model(tmp_path: Path) -> No
         "prompts = Dataset.from_list([{'prompt': r['prompt'][:40]} for r in assets.rows('sft_train')[:8]])\n"
         "def correctness(completions, **kwargs):\n    return [float(len(c)) for c in completions]\n"
     )
-    after = "\nprint([e['sae/feature_reward/score'] for e in trainer.state.log_history if 'reward' in e])"
-    assert run(before + script + after, tmp_path).strip().splitlines()[-1].startswith("[")
+    after = (
+        "\nprint([[e[k] for k in ('sae/feature_reward/score', 'sae/rollouts/reweighted')]"
+        " for e in trainer.state.log_history if 'reward' in e])"
+    )
+    steps = json.loads(run(before + script + after, tmp_path).strip().splitlines()[-1])
+    assert len(steps) == 2
+    assert all(score >= 0 and 0 <= reweighted <= 1 for score, reweighted in steps)
+    assert max(score for score, _ in steps) > 0
 
 
-@pytest.mark.parametrize("name", ["training.md", "grpo.md"])
+@pytest.mark.parametrize("name", ["training.md", "grpo.md", "find.md", "kernels.md"])
 def test_python_of_the_docs_runs_in_order(name: str, tmp_path: Path) -> None:
-    run("\n".join(blocks(ROOT / "docs" / name)), tmp_path)
+    found = blocks(ROOT / "docs" / name)
+    assert found
+    run("\n".join(found), tmp_path)
+    if name == "find.md":
+        chosen = FeatureSet.load(tmp_path / "features" / "zh.yaml")
+        assert chosen.layers == (4, 5)
+        assert {"L4F1740", "L5F23"} <= {str(feature) for feature in chosen.ids}
+        assert all(feature.evidence["heldout_mean_difference"] > 0 for feature in chosen.features)
