@@ -266,18 +266,38 @@ def test_processes_without_a_gpu_are_joined_over_the_cpu(monkeypatch: pytest.Mon
     assert "ACCELERATE_USE_CPU" not in os.environ
 
 
-@pytest.mark.slow
-def test_accelerate_launch_trains_one_model_with_two_processes(assets: Path, tmp_path: Path) -> None:
+def accelerate_launch(*arguments: str) -> str:
+    """What a command under `accelerate launch` with the shipped configuration, two processes, prints."""
     command = [
         sys.executable, "-m", "accelerate.commands.launch",
         "--config_file", str(ROOT / "configs" / "accelerate" / "ddp.yaml"), "--main_process_port", "0",
-        "-m", "qscope_trl", "sft", "--config", str(assets / "run.yaml"), "--output_dir", str(tmp_path / "out"),
-        "--max_steps", "-1", "--num_train_epochs", "1",
+        "-m", "qscope_trl", *arguments,
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, cwd=ROOT)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.distributed
+def test_accelerate_launch_trains_one_model_with_two_processes(assets: Path, tmp_path: Path) -> None:
+    out = accelerate_launch(
+        "sft", "--config", str(assets / "run.yaml"), "--output_dir", str(tmp_path / "out"), "--max_steps", "-1",
+        "--num_train_epochs", "1",
+    )  # fmt: skip
     # 16 samples in batches of 2 are 4 steps for two joined processes, 8 for two that train apart.
-    assert done.stdout.count("'loss':") == 4
-    assert done.stdout.count("Model saved to") == 1
+    assert out.count("'loss':") == 4
+    assert out.count("Model saved to") == 1
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.distributed
+def test_accelerate_launch_runs_the_shipped_grpo_configuration_with_two_processes(tmp_path: Path) -> None:
+    out = accelerate_launch(
+        "grpo", "--config", "configs/grpo_feature_reward.yaml", "--output_dir", str(tmp_path / "out"), "--max_steps",
+        "1", "--per_device_train_batch_size", "4", "--max_completion_length", "8",
+    )  # fmt: skip
+    assert out.count("'reward':") == 1
+    assert "sae/rollouts/reweighted" in out
+    assert out.count("Model saved to") == 1
     assert (tmp_path / "out" / "model.safetensors").is_file()

@@ -30,6 +30,11 @@ _SHRINK_BELOW = 0.8
     schema="(Tensor x, Tensor W_enc, Tensor b_enc, int k, Tensor features) -> (Tensor, Tensor)",
 )
 def _feature_rank(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, features: Tensor) -> tuple[Tensor, Tensor]:
+    outside = features[(features < 0) | (features >= W_enc.shape[0])]
+    if outside.numel():
+        raise ConfigError(
+            f"Feature {int(outside[0])} does not exist; the encoder has features 0 to {W_enc.shape[0] - 1}."
+        )
     kernel = backend.choose((x, W_enc), k=1)
     if kernel == "torch" or x.shape[0] == 0 or features.numel() == 0:
         dense = reference.feature_rank(x, W_enc, b_enc, k, features)
@@ -86,7 +91,7 @@ def feature_rank(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, features: Tens
     check_operands(x, W_enc, b_enc, k)
     if features.dtype != torch.int64 or features.dim() != 1:
         raise ConfigError(f"`features` is {features.dtype} {tuple(features.shape)}; expected int64 indices `(S,)`.")
-    acts, active = _feature_rank(x.reshape(-1, x.shape[-1]), W_enc, b_enc, k, features.to(x.device))
+    acts, active = _feature_rank(x.reshape(-1, x.shape[-1]), W_enc, b_enc, k, features.to(x.device).contiguous())
     shape = (*x.shape[:-1], features.shape[0])
     return FeatureActs(acts.view(shape), active.view(shape))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import os
 from collections.abc import Sequence
@@ -157,5 +158,9 @@ def train_and_save(trainer: Any, args: Any, dataset_name: str) -> RunResult:
     )
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
+    # A DDP wrapper that outlives its process group can hang or abort the process when it is freed.
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
+    gc.collect()
     trainer.accelerator.end_training()
     return result

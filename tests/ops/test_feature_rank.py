@@ -75,6 +75,15 @@ def test_nan_ranks_above_everything(device: str) -> None:
     assert bool(acts[:, :2].isnan().all())
 
 
+def test_operands_need_not_be_contiguous(device: str) -> None:
+    x, W, b = problem(40, 16, 300, device=device)
+    features = torch.arange(60, device=device)
+    wanted = feature_rank(x, W, b, 40, features[::2].clone())
+    strided = feature_rank(x.T.contiguous().T, W.T.contiguous().T, b.repeat_interleave(2)[::2], 40, features[::2])
+    torch.testing.assert_close(strided.acts, wanted.acts, rtol=1e-5, atol=1e-5)
+    assert 0 < int(wanted.active.sum())
+
+
 def test_agrees_with_the_encoder(device: str) -> None:
     x, W, b = problem(150, 16, 1000, device=device)
     encoded = topk_encode(x, W, b, 64)
@@ -145,5 +154,8 @@ def test_features_of_another_kind_are_refused() -> None:
     x, W, b = problem(3, 4, 20)
     with pytest.raises(ConfigError, match=r"`features` is torch.float32 \(2,\); expected int64 indices"):
         feature_rank(x, W, b, 2, torch.tensor([1.0, 2.0]))
+    for index in (-1, 20):
+        with pytest.raises(ConfigError, match=rf"Feature {index} does not exist; the encoder has features 0 to 19"):
+            feature_rank(x, W, b, 2, torch.tensor([3, index]))
     with pytest.raises(ConfigError, match=r"`k=21` is outside 1 to `d_sae=20`"):
         module.feature_rank(x, W, b, 21, torch.tensor([1]))

@@ -40,7 +40,7 @@ def launch(tmp_path: Path, kind: str, cutoff: float = 0.0, script: str = "two_pr
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("kind", ["amplify_negative", "screen", "steered_negative"])
+@pytest.mark.parametrize("kind", ["amplify_negative", "screen", "steered_negative", "penalise"])
 def test_a_group_over_two_processes_is_one_group(kind: str, tmp_path: Path) -> None:
     if kind == "screen" and Version(trl.__version__) < Version("1.7"):
         pytest.skip("counts a missing reward as 0")
@@ -64,7 +64,13 @@ def test_a_group_over_two_processes_is_one_group(kind: str, tmp_path: Path) -> N
         assert max(map(len, ids[:-1])) > 3
         assert ranks[0]["log"]["sae/rollouts/steered_advantage"] == pytest.approx(float(trained[-1]), abs=1e-4)
         return
-    if kind == "screen":
+    if kind == "penalise":
+        # LoRA, read with the adapters off; the log's mean is that of both processes.
+        assert ranks[0]["log"]["sae/rollout_policy/score"] == pytest.approx(float(scores.mean()), abs=1e-4)
+        assert ranks[0]["log"] == ranks[1]["log"]
+        both = rewards - scores
+        wanted = (both - both.mean()) / (both.std() + 1e-4)
+    elif kind == "screen":
         kept = scores <= cutoff
         assert kept.sum() == 6
         mean, std = rewards[kept].mean(), rewards[kept].std()

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+from peft import LoraConfig
 
 from qscope_trl import RolloutPolicy, SAEGRPOTrainer
 from tests.tiny import K
@@ -25,7 +26,8 @@ def main() -> None:
         "screen": {"cutoff": float(os.environ.get("CUTOFF", "0"))},
         "steered_negative": {"max_steered_tokens": 3},
     }.get(kind, {})
-    policy = RolloutPolicy(kind, features(), saes, sae_k=K, reader="policy", **settings)
+    is_lora = kind == "penalise"
+    policy = RolloutPolicy(kind, features(), saes, sae_k=K, reader="frozen" if is_lora else "policy", **settings)
     trainer = grpo_trainer(
         Path(output),
         [parity],
@@ -34,6 +36,7 @@ def main() -> None:
         max_steps=1,
         per_device_train_batch_size=8 // size,
         num_generations=8,
+        **({"peft_config": LoraConfig()} if is_lora else {}),
     )
     rank = trainer.accelerator.process_index
     seen = {}
@@ -59,7 +62,7 @@ def main() -> None:
     torch.manual_seed(100 + rank)
     train(trainer)
     log = next(e for e in trainer.state.log_history if "reward" in e)
-    seen["log"] = {k: v for k, v in log.items() if k.startswith("sae/rollouts")}
+    seen["log"] = {k: v for k, v in log.items() if k.startswith(("sae/rollouts", "sae/rollout_policy/score"))}
     (Path(output) / f"rank{rank}.json").write_text(json.dumps(seen))
     trainer.accelerator.end_training()
     sys.stdout.flush()
