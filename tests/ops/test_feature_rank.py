@@ -81,7 +81,7 @@ def test_operands_need_not_be_contiguous(device: str) -> None:
     wanted = feature_rank(x, W, b, 40, features[::2].clone())
     strided = feature_rank(x.T.contiguous().T, W.T.contiguous().T, b.repeat_interleave(2)[::2], 40, features[::2])
     torch.testing.assert_close(strided.acts, wanted.acts, rtol=1e-5, atol=1e-5)
-    assert 0 < int(wanted.active.sum())
+    assert int(wanted.active.sum()) > 0
 
 
 def test_agrees_with_the_encoder(device: str) -> None:
