@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -69,7 +70,8 @@ def test_gradients_over_two_processes_equal_those_of_one(name: str, tmp_path: Pa
     accumulation = settings.get("gradient_accumulation_steps", 1)
     model = lora(tiny_model()) if settings.get("lora") else tiny_model()
     penalty = reference_penalty()
-    assert len(seen) == (1 if is_zero else len(per_process[0]) // accumulation)
+    # The last step of an epoch may have fewer batches than the others.
+    assert len(seen) == (1 if is_zero else math.ceil(len(per_process[0]) / accumulation))
     lengths = set()
     for number, step in enumerate(seen):
         micro = [b for batches in per_process for b in batches[number * accumulation : (number + 1) * accumulation]]
