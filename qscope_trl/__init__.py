@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from qscope_trl.sae.topk_sae import TopKSAE
     from qscope_trl.training.attach import PenaltyAttachment, attach
     from qscope_trl.training.callback import SAEPenaltyCallback
+    from qscope_trl.training.checkpoints import CompleteCheckpoints, last_complete_checkpoint
     from qscope_trl.training.collator import GroupCollator
     from qscope_trl.training.grpo import SAEGRPOMixin, SAEGRPOTrainer, SAERLOOTrainer
     from qscope_trl.training.rewards import FeatureReward
     from qscope_trl.training.rollouts import RolloutPolicy
 
 _PUBLIC = {
+    "CompleteCheckpoints": "qscope_trl.training.checkpoints",
     "Feature": "qscope_trl.features",
     "FeatureId": "qscope_trl.features",
     "FeatureReward": "qscope_trl.training.rewards",
@@ -43,9 +45,11 @@ _PUBLIC = {
     "SAESuite": "qscope_trl.sae.suite",
     "TopKSAE": "qscope_trl.sae.topk_sae",
     "attach": "qscope_trl.training.attach",
+    "last_complete_checkpoint": "qscope_trl.training.checkpoints",
 }
 
 __all__ = [
+    "CompleteCheckpoints",
     "Feature",
     "FeatureId",
     "FeatureReward",
@@ -65,6 +69,7 @@ __all__ = [
     "TopKSAE",
     "__version__",
     "attach",
+    "last_complete_checkpoint",
 ]
 
 

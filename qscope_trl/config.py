@@ -18,6 +18,7 @@ from qscope_trl.errors import ConfigError
 
 PENALTY_KINDS = ("preact_hinge", "topk_act")
 PENALTY_TOKENS = ("labels", "completion", "all")
+PENALTY_NONFINITE = ("raise", "skip")
 PENALTY_SCHEDULES = ("constant", "warmup", "decay", "warmup_decay")
 READERS = ("frozen", "policy")
 AGGREGATIONS = ("mean", "max", "last_k", "rate", "first_hit")
@@ -120,8 +121,17 @@ class PenaltyConfig:
             "counts from the end of training, `warmup_decay` uses it for the warm-up."
         },
     )
+    penalty_nonfinite: str = field(
+        default="raise",
+        metadata={
+            "help": "Where activations at penalised tokens are NaN or infinite: `raise` stops before the optimizer "
+            "step and names the batch; `skip` leaves those tokens out of the penalty, with a warning.",
+            "choices": list(PENALTY_NONFINITE),
+        },
+    )
 
     def __post_init__(self) -> None:
+        _one_of("penalty_nonfinite", self.penalty_nonfinite, PENALTY_NONFINITE)
         _one_of("penalty_kind", self.penalty_kind, PENALTY_KINDS)
         _one_of("penalty_tokens", self.penalty_tokens, PENALTY_TOKENS)
         _one_of("penalty_schedule", self.penalty_schedule, PENALTY_SCHEDULES)
@@ -182,6 +192,14 @@ class SAEConfig:
         default=None,
         metadata={"help": "Active features per token, where neither the SAE's name nor its configuration says."},
     )
+    sae_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Dtype of whole encoders, which `topk_act` needs: `auto` is that of the layer that is read; "
+            "`float32` keeps what the checkpoint says. Chosen rows are float32 in any case.",
+            "choices": list(DTYPES),
+        },
+    )
     sae_features: list[str] | None = field(
         default=None,
         metadata={
@@ -190,6 +208,7 @@ class SAEConfig:
     )
 
     def __post_init__(self) -> None:
+        _one_of("sae_dtype", self.sae_dtype, DTYPES)
         if self.sae_k is not None and self.sae_k < 1:
             raise ConfigError(f"`sae_k` is {self.sae_k}; it is the number of active features per token, 1 or more.")
 

@@ -10,7 +10,7 @@ class QScopeError(Exception):
 
 
 class CheckpointError(QScopeError, ValueError):
-    """An SAE checkpoint is missing, damaged, of the wrong shape or of an unknown format."""
+    """A checkpoint, of SAEs or of a training run, is missing, damaged, of the wrong shape or of an unknown format."""
 
 
 class FeatureSetError(QScopeError, ValueError):
@@ -35,6 +35,10 @@ class AttachError(QScopeError, RuntimeError):
 
 class PenaltySelfCheckError(QScopeError, RuntimeError):
     """The penalty was attached, but a training step shows that it does not act."""
+
+
+class NonFiniteError(QScopeError, ArithmeticError):
+    """Activations at penalised tokens are NaN or infinite."""
 
 
 class KernelError(QScopeError, RuntimeError):

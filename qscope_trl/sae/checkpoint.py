@@ -151,12 +151,16 @@ class Checkpoint:
         self._check_finite("W_dec", vectors, index)
         return vectors.T.contiguous()
 
-    def load(self, device: torch.device | str | None, dtype: torch.dtype, *, decoder: bool) -> TopKSAE:
+    def load(
+        self, device: torch.device | str | None, dtype: torch.dtype, *, decoder: bool, mmap: bool = False
+    ) -> TopKSAE:
         """The whole SAE in memory; see `SAESuite.load`."""
         # Folding multiplies by what is stored: rounding to a narrower dtype comes after it, as for single rows.
         exact = torch.promote_types(dtype, torch.float32) if self.is_centred or self.is_rescaled else dtype
-        W_enc = torch.empty(self.d_sae, self.d_model, dtype=exact, device=device)
-        self.W_enc.copy_to(W_enc)
+        W_enc = self._mapped_encoder(exact) if mmap and torch.device(device or "cpu").type == "cpu" else None
+        if W_enc is None:
+            W_enc = torch.empty(self.d_sae, self.d_model, dtype=exact, device=device)
+            self.W_enc.copy_to(W_enc)
         b_enc, b_dec = self.b_enc.to(device, exact), self.b_dec.to(device, exact)
         if self.is_centred:
             b_enc = b_enc - torch.nn.functional.linear(b_dec, W_enc)
@@ -191,6 +195,13 @@ class Checkpoint:
             b_dec=None if W_dec is None else b_dec.to(dtype),
             jump=None if self.jump is None else self.jump.to(device, dtype),
         )
+
+    def _mapped_encoder(self, dtype: torch.dtype) -> Tensor | None:
+        """The encoder in its file, if it is stored as it is used."""
+        if self.is_rescaled or not self.W_enc.has_feature_rows:
+            return None
+        mapped = self.W_enc.mapped()
+        return mapped if mapped.dtype == dtype else None
 
     def _indices(self, indices: Sequence[int]) -> list[int]:
         index = [operator.index(i) for i in indices]

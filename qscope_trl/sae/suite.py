@@ -49,9 +49,12 @@ class SAESuite:
     file. Not guaranteed: that a file stays the same while the suite is in use; compare `fingerprint` where it matters.
     """
 
-    def __init__(self, source: Source, layers: tuple[int, ...], k: int | None) -> None:
+    def __init__(
+        self, source: Source, layers: tuple[int, ...], k: int | None, dtype: torch.dtype | None = None
+    ) -> None:
         self._source = source
         self._k = k
+        self.dtype = dtype
         self.source: str = source.name
         self.revision: str | None = source.revision
         self.layers: tuple[int, ...] = layers
@@ -68,6 +71,7 @@ class SAESuite:
         layers: Sequence[int] | None = None,
         revision: str | None = None,
         k: int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> SAESuite:
         """Open a Hub repository, folder or file, without reading weights.
 
@@ -81,6 +85,9 @@ class SAESuite:
             layers: Layers to use, from 0; by default all there are.
             revision: Branch, tag or commit on the Hub. Resolved to a commit, so all layers are of one.
             k: Active features per token. By default what the configuration or the name states; overrides it if given.
+            dtype: Dtype of whole encoders that penalties and rewards open (`topk_act`). By default that of the
+                residuals they read, which for bf16 halves memory and time and rounds the encoder; `torch.float32`
+                keeps what the checkpoint says. Chosen rows are fp32 in any case.
 
         Raises:
             CheckpointError: If nothing that can be read is there, or a layer of `layers` is not.
@@ -93,18 +100,19 @@ class SAESuite:
             raise ConfigError(f"`k` is the number of active features per token, a whole number from 1; got {k!r}.")
         if isinstance(source, SAESuite):
             opened, available, k = source._source, source.layers, source._k if k is None else k
+            dtype = source.dtype if dtype is None else dtype
         else:
             opened = open_source(os.fspath(source), revision)
             available = tuple(opened.layers)
         if layers is None:
-            return cls(opened, available, k)
+            return cls(opened, available, k, dtype)
         if not layers:
             raise ConfigError(
                 f"`layers` is empty. Name layers of '{opened.name}' ({_ranges(available)}), or leave it out for all."
             )
         for layer in layers:
             _require_layer(layer, available, opened)
-        return cls(opened, tuple(sorted(set(layers))), k)
+        return cls(opened, tuple(sorted(set(layers))), k, dtype)
 
     @property
     def d_model(self) -> int:
@@ -192,6 +200,7 @@ class SAESuite:
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         decoder: bool = True,
+        mmap: bool = False,
     ) -> TopKSAE:
         """The whole SAE of one layer in memory. It is the caller's: the suite keeps no reference.
 
@@ -200,12 +209,15 @@ class SAESuite:
             device: Where to put it; by default the CPU.
             dtype: Dtype of its weights.
             decoder: Whether to load the decoder too, half of the memory.
+            mmap: On the CPU, leave the encoder in its file where it is stored as it is used (Qwen-Scope and sparsify
+                files in their own dtype), so that the processes of a node share one copy. The file must then stay
+                as it is.
 
         Raises:
             CheckpointError: If there is no SAE for `layer`, its file is damaged, a value is NaN or inf, or `k` is
                 stated nowhere.
         """
-        return self._open(layer, needs_k=True).load(device, dtype, decoder=decoder)
+        return self._open(layer, needs_k=True).load(device, dtype, decoder=decoder, mmap=mmap)
 
     def fingerprint(self, layer: int) -> str:
         """First 16 hex digits of SHA-256 over `b_enc` as stored, as little-endian fp32.

@@ -140,6 +140,14 @@ class StoredMatrix:
             else:
                 out[:, rows] = block.to(out.device, out.dtype).T
 
+    def mapped(self) -> Tensor:
+        """The whole matrix as stored, mapped into memory: nothing is read yet, and processes share the pages.
+
+        Not guaranteed: anything, once the file is cut short or written over in place.
+        """
+        whole: Tensor = open_tensors(self.path).read(self.name)[:]
+        return whole
+
     def _rows(self, indices: Sequence[int]) -> Tensor:
         stored = open_tensors(self.path).read(self.name)
         return torch.cat([stored[index : index + 1] for index in indices])

@@ -82,6 +82,21 @@ class TopKSAE(nn.Module):
         """Number of features."""
         return self.W_enc.shape[0]
 
+    def copy_to(self, device: torch.device | str, dtype: torch.dtype) -> TopKSAE:
+        """The same SAE with its matrices on another device and in another dtype; this one stays as it is.
+
+        Biases and thresholds keep their dtype: rounding them would save nothing.
+        """
+        return TopKSAE(
+            W_enc=self.W_enc.to(device, dtype),
+            b_enc=self.b_enc.to(device),
+            k=self.k,
+            activation=self.activation,
+            W_dec=None if self.W_dec is None else self.W_dec.to(device, dtype),
+            b_dec=None if self.b_dec is None else self.b_dec.to(device),
+            jump=None if self.jump is None else self.jump.to(device),
+        )
+
     def extra_repr(self) -> str:
         """Facts for `repr`."""
         return f"d_model={self.d_model}, d_sae={self.d_sae}, k={self.k}, activation={self.activation!r}"

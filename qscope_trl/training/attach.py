@@ -21,12 +21,14 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from qscope_trl.config import PenaltyConfig
-from qscope_trl.errors import AttachError, PenaltySelfCheckError, QScopeWarning
+from qscope_trl.errors import AttachError, NonFiniteError, PenaltySelfCheckError, QScopeWarning
 from qscope_trl.features import FeatureSet
 from qscope_trl.hooks.residual import Capture, ResidualHook
 from qscope_trl.monitor.statistics import FeatureStatistics, evaluation_prefix
 from qscope_trl.sae.suite import SAESuite
+from qscope_trl.training.checkpoints import CompleteCheckpoints
 from qscope_trl.training.checks import (
+    FiniteCheck,
     FirstStepCheck,
     check_captures,
     raise_unknown_tokens,
@@ -36,7 +38,7 @@ from qscope_trl.training.checks import (
 from qscope_trl.training.collator import GROUP_KEY
 from qscope_trl.training.masks import GroupFn, runs_batch, token_groups, token_mask
 from qscope_trl.training.normalisation import loss_divisor
-from qscope_trl.training.opening import open_features
+from qscope_trl.training.opening import on_every_process, open_features
 from qscope_trl.training.penalty import PENALTIES, VALUE_NAMES, LayerFeatures
 
 _ATTRIBUTE = "_qscope_penalty_attachment"
@@ -107,7 +109,9 @@ class PenaltyAttachment:
         self._trainer: Any = None
         self._originals: dict[str, Any] = {}
         self._statistics = {mode: self._new_statistics() for mode in ("train", "eval")}
-        self._check = FirstStepCheck(self.after_optimizer_step)
+        self._check = FirstStepCheck(self.after_optimizer_step, self.before_optimizer_step)
+        self._finite = FiniteCheck()
+        self._marks: CompleteCheckpoints | None = None
 
     # --- attaching -----------------------------------------------------------------------------------------------
 
@@ -151,7 +155,8 @@ class PenaltyAttachment:
             )
         model = trainer.model
         refuse_unsupported(trainer)
-        self._open_features(model)
+        if not self._layers:
+            self._layers, self._monitors = on_every_process(lambda: self._open_features(model))
         if self.config.penalty_weight > 0:
             require_trainable_below(model, self.features.layers)
         hook = ResidualHook(model, sorted({*self._layers, *self._monitors}))
@@ -161,8 +166,12 @@ class PenaltyAttachment:
             self._originals[name] = trainer.__dict__.get(name)
             setattr(trainer, name, wrapper(getattr(trainer, name)))
         setattr(trainer, _ATTRIBUTE, self)
-        self._check = FirstStepCheck(self.after_optimizer_step)
+        self._check = FirstStepCheck(self.after_optimizer_step, self.before_optimizer_step)
+        self._finite = FiniteCheck()
         self._check.start(trainer)
+        if not any(isinstance(item, CompleteCheckpoints) for item in trainer.callback_handler.callbacks):
+            self._marks = CompleteCheckpoints()
+            trainer.add_callback(self._marks)
         return self
 
     def detach(self) -> None:
@@ -179,6 +188,9 @@ class PenaltyAttachment:
             self._originals = {}
             self._trainer.__dict__.pop(_ATTRIBUTE, None)
             self._check.stop(self._trainer)
+            handler = self._trainer.callback_handler
+            handler.callbacks = [item for item in handler.callbacks if item is not self._marks]
+            self._marks = None
             self._trainer = None
 
     def __enter__(self) -> PenaltyAttachment:
@@ -189,15 +201,14 @@ class PenaltyAttachment:
     ) -> None:
         self.detach()
 
-    def _open_features(self, model: torch.nn.Module) -> None:
-        if self._layers:
-            return
+    def _open_features(self, model: torch.nn.Module) -> tuple[dict[int, LayerFeatures], dict[int, LayerFeatures]]:
         saes, revision, k = self._source
         wanted = {*self.features.layers, *(self.monitor_features.layers if self.monitor_features else ())}
         suite = SAESuite.from_pretrained(saes, layers=sorted(wanted), revision=revision, k=k)
-        self._layers = open_features(model, suite, self.features, self._groups, self.config.penalty_kind)
-        if self.monitor_features is not None:
-            self._monitors = open_features(model, suite, self.monitor_features, self._groups, "preact_hinge")
+        layers = open_features(model, suite, self.features, self._groups, self.config.penalty_kind)
+        watched = self.monitor_features
+        monitors = {} if watched is None else open_features(model, suite, watched, self._groups, "preact_hinge")
+        return layers, monitors
 
     # --- the loss ------------------------------------------------------------------------------------------------
 
@@ -266,11 +277,10 @@ class PenaltyAttachment:
                 if self.features.target_group is not None:
                     mask_BT = mask_BT & (group_BT != 1 + self._groups.index(self.features.target_group))
             counts.append(mask_BT.sum())
+            bad_BT = torch.zeros_like(mask_BT)
             for layer, kind_of in ((n, store) for store in (self._layers, self._monitors) for n in store):
                 residual = capture.residuals[layer]
-                chosen = kind_of[layer]
-                if chosen.W_SD.device != residual.device:
-                    chosen = kind_of[layer] = chosen.to(residual.device)
+                chosen = kind_of[layer] = kind_of[layer].for_residual(residual)
                 mask = mask_BT.to(residual.device)
                 group = None if group_BT is None else group_BT.to(residual.device)
                 if kind_of is self._monitors:
@@ -278,6 +288,12 @@ class PenaltyAttachment:
                         terms = PENALTIES["preact_hinge"](residual, chosen, group)
                 else:
                     terms = function(residual, chosen, group)
+                if mode == "train":
+                    # An evaluation shows NaN as NaN; a training step is stopped, or does without these tokens.
+                    bad = mask & ~terms.values_BTS.isfinite().all(-1)
+                    bad_BT |= bad.to(bad_BT.device)
+                    mask = mask & ~bad
+                if kind_of is not self._monitors:
                     totals.append(torch.where(mask, terms.penalty_BT, 0).sum().to(mask_BT.device))
                 statistics = self._statistics[mode][kind_of is self._monitors]
                 if statistics is not None:
@@ -288,6 +304,8 @@ class PenaltyAttachment:
                         terms.penalty_BT.detach().flatten(),
                         mask.flatten(),
                     )
+            if mode == "train":
+                self._finite.see(bad_BT, capture.input_ids)
         return torch.stack(totals).sum(), torch.stack(counts).sum()
 
     def _current_weight(self) -> float:
@@ -295,6 +313,22 @@ class PenaltyAttachment:
         return self.config.weight_at(state.global_step, state.max_steps)
 
     # --- checks --------------------------------------------------------------------------------------------------
+
+    def before_optimizer_step(self) -> None:
+        """Stop, or say so, if the step's activations are not finite. DeepSpeed has stepped already by then.
+
+        Raises:
+            NonFiniteError: If they are not, and `penalty_nonfinite` is `raise`.
+        """
+        if not self.is_attached:
+            return
+        try:
+            # A penalty that does not act is no reason to stop.
+            action = self.config.penalty_nonfinite if self._current_weight() > 0 else "skip"
+            self._finite.finish_step(self._trainer, action)
+        except NonFiniteError:
+            self.detach()
+            raise
 
     def after_optimizer_step(self) -> None:
         """The self-check, which the trainer calls at the end of every optimizer step while this is attached.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from qscope_trl.errors import AttachError, QScopeWarning
 from qscope_trl.features import FeatureSet
 from qscope_trl.sae.suite import SAESuite
 from qscope_trl.training.attach import PenaltyAttachment, attachment_of
+from qscope_trl.training.checkpoints import refuse_incomplete, resumed_folder, write_whole
 from qscope_trl.training.masks import GroupFn
 
 STATE_FILE = "sae_penalty_state.json"
@@ -117,23 +117,15 @@ class SAEPenaltyCallback(TrainerCallback):  # type: ignore[misc]
                 "before `trainer.train()`."
             )
         if state.global_step > 0:
-            self._load_state(args, state)
+            self._load_state(resumed_folder(args, state))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the penalty's state into the checkpoint."""
         # On every process, since its sums are added up; written by one.
         saved = self.attachment.state_dict()
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if not state.is_world_process_zero or not folder.is_dir():
-            return
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{STATE_FILE}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(saved, file, indent=2)
-            os.replace(temporary, folder / STATE_FILE)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        if args.should_save and folder.is_dir():
+            write_whole(folder / STATE_FILE, json.dumps(saved, indent=2))
 
     def on_predict(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
@@ -163,15 +155,12 @@ class SAEPenaltyCallback(TrainerCallback):  # type: ignore[misc]
             raise
         self.attachment.owner = self
 
-    def _load_state(self, args: TrainingArguments, state: TrainerState) -> None:
-        chosen = args.resume_from_checkpoint
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if isinstance(chosen, str) and (Path(chosen) / STATE_FILE).is_file():
-            folder = Path(chosen)
+    def _load_state(self, folder: Path) -> None:
+        refuse_incomplete(folder)
         if not (folder / STATE_FILE).is_file():
             warnings.warn(
-                f"Training resumes at step {state.global_step}, but '{folder}' holds no `{STATE_FILE}`: the penalty's "
-                f"settings cannot be compared. Its schedule goes on from the trainer's step.",
+                f"Training resumes from '{folder}', which holds no `{STATE_FILE}`: the penalty's settings cannot be "
+                f"compared. Its schedule goes on from the trainer's step.",
                 QScopeWarning,
                 stacklevel=2,
             )

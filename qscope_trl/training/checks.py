@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from qscope_trl.errors import AttachError, DataError, PenaltySelfCheckError, QScopeWarning
+from qscope_trl.errors import AttachError, DataError, NonFiniteError, PenaltySelfCheckError, QScopeWarning
 from qscope_trl.hooks.layers import find_decoder, find_layers
 from qscope_trl.hooks.residual import Capture
 
@@ -93,10 +93,12 @@ class FirstStepCheck(TrainerCallback):  # type: ignore[misc]
 
     Args:
         on_step_end: Called by the trainer at the end of each optimizer step, once `start` was.
+        before_step: Called before it, when all its gradients are there.
     """
 
-    def __init__(self, on_step_end: Callable[[], None]) -> None:
+    def __init__(self, on_step_end: Callable[[], None], before_step: Callable[[], None]) -> None:
         self._on_step_end = on_step_end
+        self._before_step = before_step
         self._num_losses = 0
         self._num_penalties = 0
         self._gradients: list[float] = []
@@ -112,8 +114,12 @@ class FirstStepCheck(TrainerCallback):  # type: ignore[misc]
         # A new list: the trainer may be going through the present one, and would skip the callback after this.
         handler.callbacks = [callback for callback in handler.callbacks if callback is not self]
 
+    def on_pre_optimizer_step(self, *_args: Any, **_kwargs: Any) -> None:
+        """What the trainer calls before an optimizer step."""
+        self._before_step()
+
     def on_step_end(self, *_args: Any, **_kwargs: Any) -> None:
-        """What the trainer calls."""
+        """What the trainer calls after it."""
         self._on_step_end()
 
     def see_loss(self) -> None:
@@ -167,6 +173,49 @@ class FirstStepCheck(TrainerCallback):  # type: ignore[misc]
                 stacklevel=2,
             )
         self._is_done = True
+
+
+class FiniteCheck:
+    """Notes which rows of an optimizer step have NaN or infinite activations, and speaks up once at its end.
+
+    The notes stay on the device until then, so that a micro-batch costs no synchronisation.
+    """
+
+    def __init__(self) -> None:
+        self._notes: list[tuple[Tensor, Tensor | None]] = []
+
+    def see(self, bad_BT: Tensor, input_ids: Tensor | None) -> None:
+        """Note one forward of a micro-batch: its penalised positions without finite activations, and its tokens."""
+        self._notes.append((bad_BT.any(1), input_ids))
+
+    def finish_step(self, trainer: Any, action: str) -> None:
+        """Judge the optimizer step that is about to be made.
+
+        Args:
+            trainer: Whose step it is.
+            action: `raise` or `skip`, as `PenaltyConfig.penalty_nonfinite`.
+
+        Raises:
+            NonFiniteError: If an activation was not finite, unless they are skipped.
+        """
+        notes, self._notes = self._notes, []
+        if not notes or not bool(torch.stack([bad.any() for bad, _ in notes]).any()):
+            return
+        number, bad, ids = next((n, bad, ids) for n, (bad, ids) in enumerate(notes) if bool(bad.any()))
+        rows = bad.nonzero().flatten().tolist()
+        shown = "" if ids is None else f" (row {rows[0]} begins with the tokens {ids[rows[0]][:12].tolist()})"
+        accelerator = trainer.accelerator
+        where = f" on process {accelerator.process_index}" if accelerator.num_processes > 1 else ""
+        message = (
+            f"Optimizer step {trainer.state.global_step + 1}{where}: the activations of rows {rows} of micro-batch "
+            f"{number + 1} are NaN or infinite{shown}."
+        )
+        if action == "raise":
+            raise NonFiniteError(
+                f"{message} The step was not made. Look at that batch and at the loss before it; "
+                f"`penalty_nonfinite='skip'` leaves such tokens out of the penalty and trains on."
+            )
+        warnings.warn(f"{message} They were left out of the penalty.", QScopeWarning, stacklevel=2)
 
 
 def raise_unknown_tokens(batch: Mapping[str, Any], penalty_tokens: str) -> NoReturn:

@@ -20,6 +20,7 @@ from qscope_trl.training.launch import (
     RunResult,
     load_both,
     load_features,
+    open_suite,
     refuse_unused_evaluation,
     train_and_save,
     trainer_kwargs,
@@ -101,7 +102,6 @@ def build_trainer(settings: GRPORun) -> Any:
     Raises:
         QScopeError: If rewards, features, SAEs, data and model do not fit together.
     """
-    from qscope_trl.sae.suite import SAESuite
     from qscope_trl.training.callback import SAEPenaltyCallback
     from qscope_trl.training.grpo import SAEGRPOTrainer
     from qscope_trl.training.rewards import FeatureReward
@@ -109,7 +109,7 @@ def build_trainer(settings: GRPORun) -> Any:
 
     trl: Any = importlib.import_module("trl")
     sae, reward, rollout, args = settings.sae, settings.reward, settings.rollout, settings.training
-    suite = SAESuite.from_pretrained(str(sae.sae_path), revision=sae.sae_revision, k=sae.sae_k)
+    suite = open_suite(sae)
     shared: dict[str, Any] = {
         "kind": reward.reward_kind,
         "reader": reward.reward_reader,

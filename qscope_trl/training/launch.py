@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import inspect
 import os
@@ -10,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qscope_trl.errors import ConfigError, DataError
+from qscope_trl.config import SAEConfig
+from qscope_trl.errors import CheckpointError, ConfigError, DataError
 from qscope_trl.features import FeatureSet
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
@@ -53,6 +56,18 @@ def load_features(entries: Sequence[str]) -> FeatureSet:
     """
     one_file = len(entries) == 1 and Path(entries[0]).suffix in (".yaml", ".yml", ".json")
     return FeatureSet.load(entries[0] if one_file else list(entries))
+
+
+def open_suite(sae: SAEConfig, layers: Sequence[int] | None = None) -> Any:
+    """The SAEs of a run's settings, as `SAESuite.from_pretrained`."""
+    import torch
+
+    from qscope_trl.sae.suite import SAESuite
+
+    dtype = None if sae.sae_dtype == "auto" else getattr(torch, sae.sae_dtype)
+    return SAESuite.from_pretrained(
+        str(sae.sae_path), layers=layers, revision=sae.sae_revision, k=sae.sae_k, dtype=dtype
+    )
 
 
 def load_split(name: str, config: str | None, split: str, streaming: bool) -> Any:
@@ -144,13 +159,70 @@ def load_both(script: Any, args: Any, data_eval_path: str | None) -> tuple[Any, 
     return train, load_split(*named, script.dataset_test_split, script.dataset_streaming)
 
 
+def find_resumed(args: Any) -> str | None:
+    """The checkpoint a run goes on from: the last whole one for `resume_from_checkpoint: true`, or the one named.
+
+    Raises:
+        CheckpointError: If there is none, or the named one is half-written.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    from qscope_trl.training.checkpoints import last_complete_checkpoint, refuse_incomplete
+
+    chosen = args.resume_from_checkpoint
+    if isinstance(chosen, str) and chosen.lower() in ("true", "false"):
+        chosen = chosen.lower() == "true"
+    if not chosen:
+        return None
+    if chosen is True:
+        # One process looks, so that all go on from the same.
+        found = [last_complete_checkpoint(args.output_dir) if args.process_index == 0 else None]
+        chosen = broadcast_object_list(found)[0]
+        if chosen is None:
+            raise CheckpointError(
+                f"`resume_from_checkpoint` is true, but '{args.output_dir}' holds no checkpoint that was written to "
+                f"its end. Start without it, or name a checkpoint's folder."
+            )
+        return str(chosen)
+    if not Path(chosen).is_dir():
+        raise CheckpointError(f"There is no checkpoint '{chosen}' to resume from.")
+    refuse_incomplete(chosen)
+    return str(chosen)
+
+
+def is_disk_error(err: BaseException) -> bool:
+    """Whether something failed because no more could be written, whichever library wrote."""
+    if isinstance(err, OSError) and err.errno in _DISK_ERRORS:
+        return True
+    # safetensors raises an error of its own with the system's number in it; torch.save one without.
+    text = str(err)
+    numbers = {f"os error {number}" for number in _DISK_ERRORS}
+    return any(number in text for number in numbers) or "PytorchStreamWriter failed writing" in text
+
+
 def train_and_save(trainer: Any, args: Any, dataset_name: str) -> RunResult:
-    """Train, save the model to `output_dir`, push it if asked to, and end."""
-    resume = args.resume_from_checkpoint
-    if isinstance(resume, str) and resume.lower() in ("true", "false"):
-        resume = resume.lower() == "true"
-    outcome = trainer.train(resume_from_checkpoint=resume or None)
-    trainer.save_model(args.output_dir)
+    """Train, save the model to `output_dir`, push it if asked to, and end.
+
+    Raises:
+        CheckpointError: If there is no whole checkpoint to resume from, or the disk is full.
+    """
+    from qscope_trl.training.checkpoints import CompleteCheckpoints
+
+    # The trainer would delete the last whole checkpoint while the next one may still be unfinished.
+    trainer.add_callback(CompleteCheckpoints(args.save_total_limit))
+    args.save_total_limit = None
+    resume = find_resumed(args)
+    try:
+        outcome = trainer.train(resume_from_checkpoint=resume)
+        trainer.save_model(args.output_dir)
+    except Exception as err:
+        if not is_disk_error(err):
+            raise
+        raise CheckpointError(
+            f"Nothing more can be written to '{args.output_dir}': {str(err).splitlines()[0].rstrip('.')}. Free space "
+            f"there, then run the same command with `--resume_from_checkpoint true`: it goes on from the last "
+            f"checkpoint that was written to its end."
+        ) from err
     result = RunResult(
         output_dir=args.output_dir,
         is_main_process=trainer.is_world_process_zero(),

@@ -2,15 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
+import torch
+from accelerate.state import PartialState
 from torch import nn
 
-from qscope_trl.errors import AttachError
+from qscope_trl.errors import AttachError, CheckpointError
 from qscope_trl.features import FeatureSet
 from qscope_trl.hooks.layers import d_model, find_layers
 from qscope_trl.sae.suite import SAESuite
 from qscope_trl.training.penalty import LayerFeatures, open_layer
+
+T = TypeVar("T")
+
+
+def on_every_process(open_fn: Callable[[], T]) -> T:
+    """Run `open_fn` on every process of a training run, and end it on all of them if it fails on one.
+
+    On each node one process goes first, so that one downloads and the others find the files. Every process must call
+    this at the same place.
+
+    Args:
+        open_fn: Opens files; without collectives of its own.
+
+    Returns:
+        What `open_fn` returned here.
+
+    Raises:
+        Exception: What `open_fn` raised here.
+        CheckpointError: If it failed on another process, with that one's message.
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    world = torch.distributed.get_world_size() if distributed else 1
+    if world == 1:
+        return open_fn()
+    state = PartialState()
+    opened: list[T] = []
+    error: Exception | None = None
+    for turn in (True, False):
+        if state.is_local_main_process is turn:
+            try:
+                opened.append(open_fn())
+            except Exception as err:  # noqa: BLE001 (raised below, once every process knows)
+                error = err
+        if turn:
+            state.wait_for_everyone()
+    messages: list[str | None] = [None] * world
+    torch.distributed.all_gather_object(messages, None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    for rank, message in enumerate(messages):
+        if message is not None:
+            raise CheckpointError(
+                f"Process {rank} of {world} cannot open the SAEs, so no process goes on: {message} Every node needs "
+                f"the same files at the same paths."
+            )
+    return opened[0]
 
 
 def open_features(

@@ -43,8 +43,18 @@ class LayerFeatures(NamedTuple):
     sae: TopKSAE | None
     """Whole encoder of a TopK SAE, where a penalty needs it."""
 
-    def to(self, device: torch.device) -> LayerFeatures:
-        """The same features on `device`."""
+    sae_dtype: torch.dtype | None = None
+    """Dtype of the whole encoder's matrix; None is that of the residuals it reads. The chosen rows stay fp32."""
+
+    def for_residual(self, residual: Tensor) -> LayerFeatures:
+        """The same features on a residual's device, a whole encoder also in its dtype; itself if they are already."""
+        device, sae = residual.device, self.sae
+        if sae is not None:
+            dtype = self.sae_dtype or residual.dtype
+            if sae.W_enc.device != device or sae.W_enc.dtype != dtype:
+                sae = sae.copy_to(device, dtype)
+        if self.W_SD.device == device and sae is self.sae:
+            return self
         return LayerFeatures(
             self.ids,
             self.W_SD.to(device),
@@ -52,7 +62,8 @@ class LayerFeatures(NamedTuple):
             self.thresholds_GS.to(device),
             self.weights_S.to(device),
             None if self.jump_S is None else self.jump_S.to(device),
-            None if self.sae is None else self.sae.to(device),
+            sae,
+            self.sae_dtype,
         )
 
 
@@ -72,7 +83,11 @@ class PenaltyTerms(NamedTuple):
 def open_layer(
     suite: SAESuite, layer: int, features: Sequence[Feature], groups: Sequence[str], kind: str
 ) -> LayerFeatures:
-    """Read the rows of the chosen features of one layer; the whole encoder only for `topk_act` on a TopK SAE."""
+    """Read the rows of the chosen features of one layer; the whole encoder only for `topk_act` on a TopK SAE.
+
+    A whole encoder stays in its file, mapped into memory, until it is used on another device or in another dtype: the
+    processes of a node share it, and each GPU gets one copy.
+    """
     whole_encoder = kind == "topk_act" and suite.spec(layer).activation == "topk"
     indices = [feature.index for feature in features]
     rows = suite.encoder_rows(layer, indices)
@@ -84,7 +99,8 @@ def open_layer(
         thresholds_GS=torch.tensor(thresholds, dtype=torch.float32),
         weights_S=torch.tensor([f.weight for f in features], dtype=torch.float32),
         jump_S=rows.jump,
-        sae=suite.load(layer, decoder=False) if whole_encoder else None,
+        sae=suite.load(layer, decoder=False, mmap=True) if whole_encoder else None,
+        sae_dtype=suite.dtype,
     )
 
 

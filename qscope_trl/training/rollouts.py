@@ -23,7 +23,7 @@ from qscope_trl.features import FeatureSet
 from qscope_trl.hooks.edit import ResidualAdd
 from qscope_trl.sae.suite import SAESuite
 from qscope_trl.training.generations import RolloutActivations
-from qscope_trl.training.opening import open_features
+from qscope_trl.training.opening import on_every_process, open_features
 from qscope_trl.training.rewards import FeatureReward
 from qscope_trl.training.scores import RolloutScoring
 from qscope_trl.training.steered import (
@@ -256,8 +256,12 @@ class RolloutPolicy:
             )
         if self.kind == "steered_negative":
             refuse_foreign_generation(trainer, is_rloo)
-            open_features(trainer.model, score.suite(), score.features, (), "preact_hinge")
-            self._vectors = steering_vectors(score, self.strength)
+
+            def open_directions() -> dict[int, Tensor]:
+                open_features(trainer.model, score.suite(), score.features, (), "preact_hinge")
+                return steering_vectors(score, self.strength)
+
+            self._vectors = on_every_process(open_directions)
         else:
             scoring.add(score)
 

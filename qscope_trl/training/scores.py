@@ -32,7 +32,7 @@ from qscope_trl.training.generations import (
     refuse_unknown_shape,
     shows_frozen,
 )
-from qscope_trl.training.opening import open_features
+from qscope_trl.training.opening import on_every_process, open_features
 from qscope_trl.training.penalty import PENALTIES, LayerFeatures
 from qscope_trl.training.reader import FeatureReader
 
@@ -112,8 +112,10 @@ class RolloutScoring:
                         f"`multi_objective_aggregation='normalize_then_sum'` divides every reward by its own spread, "
                         f"so the schedule of `{name}` would change nothing. Use `sum_then_normalize`."
                     )
-                model = self.trainer.model
-                self._opened[name] = open_features(model, reader.suite(), reader.features, (), reader.kind)
+                self._opened[name] = on_every_process(functools.partial(self._open_reader, reader))
+
+    def _open_reader(self, reader: FeatureReader) -> dict[int, LayerFeatures]:
+        return open_features(self.trainer.model, reader.suite(), reader.features, (), reader.kind)
 
     # --- what is wrapped -----------------------------------------------------------------------------------------
 
@@ -234,10 +236,9 @@ class RolloutScoring:
         """Values and firings `(B, T, S)`, columns in the order of the reader's features, and scores `(B, T)`."""
         values, active, score, columns = [], [], [], []
         opened = self._opened[reader.name]
-        for layer, chosen in opened.items():
+        for layer in opened:
             residual = capture.residuals[layer]
-            if chosen.W_SD.device != residual.device:
-                chosen = opened[layer] = chosen.to(residual.device)
+            chosen = opened[layer] = opened[layer].for_residual(residual)
             terms = PENALTIES[reader.kind](residual, chosen)
             values.append(terms.values_BTS)
             active.append(terms.active_BTS)

@@ -20,6 +20,7 @@ from qscope_trl.training.launch import (
     RunResult,
     load_both,
     load_features,
+    open_suite,
     refuse_unused_evaluation,
     train_and_save,
     trainer_kwargs,
@@ -97,16 +98,13 @@ def build_trainer(settings: SFTRun) -> Any:
     Raises:
         QScopeError: If features, SAEs, data and model do not fit together.
     """
-    from qscope_trl.sae.suite import SAESuite
     from qscope_trl.training.callback import SAEPenaltyCallback
 
     trl: Any = importlib.import_module("trl")
     features = load_features(settings.sae.sae_features or [])
     monitors = load_features(settings.monitor.monitor_features) if settings.monitor.monitor_features else None
     layers = sorted({*features.layers, *(monitors.layers if monitors else ())})
-    suite = SAESuite.from_pretrained(
-        str(settings.sae.sae_path), layers=layers, revision=settings.sae.sae_revision, k=settings.sae.sae_k
-    )
+    suite = open_suite(settings.sae, layers)
     train, evaluation = load_data(settings, features)
     callback = SAEPenaltyCallback(suite, features, config=settings.penalty, monitor_features=monitors)
 

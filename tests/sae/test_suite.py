@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from tests.sae.sae_files import (
     saelens_config,
     write_qwen,
     write_saelens,
+    write_sparsify,
 )
 
 
@@ -242,3 +244,62 @@ def test_ten_features_of_a_large_file_cost_little_memory(tmp_path: Path) -> None
     growth = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     # Four rows are mapped at a time, up to 2 MiB around each where the page cache holds large folios.
     assert growth < 10, f"{growth} MB"
+
+
+@pytest.mark.parametrize("format", ["qwen", "sparsify", "saelens"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mapped_encoder_equals_a_loaded_one(format: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    weights = random_weights()
+    if format == "qwen":
+        write_qwen(tmp_path, 0, weights)
+    elif format == "sparsify":
+        write_sparsify(tmp_path / "layers.0", weights)
+    else:
+        write_saelens(tmp_path, weights, {"architecture": "topk", "k": K, "hook_name": "blocks.0.hook_resid_post"})
+    suite = SAESuite.from_pretrained(tmp_path, k=K)
+    mapped, loaded = (suite.load(0, dtype=dtype, decoder=False, mmap=mmap) for mmap in (True, False))
+    assert mapped.W_enc.dtype == dtype
+    assert torch.equal(mapped.W_enc, loaded.W_enc)
+    assert torch.equal(mapped.b_enc, loaded.b_enc)
+
+
+MEASURE_WHOLE = """
+import json, sys
+from pathlib import Path
+import torch
+from qscope_trl.sae.suite import SAESuite
+
+def own():
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) / 1000
+
+x = torch.randn(4, 256)
+SAESuite.from_pretrained(sys.argv[2], k=8).load(0, decoder=False).encode(x[:, :16])
+before = own()
+sae = SAESuite.from_pretrained(sys.argv[1], k=8).load(0, decoder=False, mmap=sys.argv[3] == "1")
+sae.encode(x)
+print(json.dumps(own() - before))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measures through Linux's /proc")
+@pytest.mark.parametrize("format", ["qwen", "sparsify"])
+def test_processes_of_a_node_share_a_mapped_encoder(format: str, tmp_path: Path) -> None:
+    """Memory of the process's own, beside what it maps from files; the encoder has 41 MB."""
+    large, small = random_weights(0, 256, 40_000), random_weights(0, 16, 32)
+    if format == "qwen":
+        write_qwen(tmp_path / "large", 0, large)
+    else:
+        write_sparsify(tmp_path / "large" / "layers.0", large, d_in=256, num_latents=40_000)
+    write_qwen(tmp_path / "small", 0, small)
+    command = [sys.executable, "-c", MEASURE_WHOLE, str(tmp_path / "large"), str(tmp_path / "small")]
+    environment = {**os.environ, "QSCOPE_TRL_KERNEL": "torch", "OMP_NUM_THREADS": "1"}
+    growth = [
+        json.loads(
+            subprocess.run([*command, mmap], check=True, capture_output=True, text=True, env=environment).stdout
+        )
+        for mmap in ("1", "0")
+    ]
+    # Encoding itself takes a few MB, in both.
+    assert growth[0] < 15, f"{growth} MB"
+    assert growth[1] > 40, f"{growth} MB"

@@ -72,12 +72,11 @@ def test_resuming_with_other_settings_warns(saes: Path, tmp_path: Path) -> None:
         resumed.train(resume_from_checkpoint=True)
 
 
-def test_resuming_without_a_state_file_warns(saes: Path, tmp_path: Path) -> None:
+def test_resuming_a_run_that_had_no_penalty_warns(saes: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3}
-    train(make_trainer(tmp_path, [callback(saes)], **settings))
-    (tmp_path / "checkpoint-3" / STATE_FILE).unlink()
+    train(make_trainer(tmp_path, [], **settings))
     resumed = make_trainer(tmp_path, [callback(saes)], **settings)
-    with pytest.warns(QScopeWarning, match=rf"resumes at step 3, but '.*checkpoint-3' holds no `{STATE_FILE}`"):
+    with pytest.warns(QScopeWarning, match=rf"resumes from '.*checkpoint-3', which holds no `{STATE_FILE}`"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 

@@ -78,3 +78,41 @@ def test_only_the_chosen_rows_are_opened_for_the_hinge(suite: SAESuite) -> None:
     features = open_layer(suite, 1, FEATURES, (), "preact_hinge")
     assert features.sae is None
     assert features.W_SD.shape == (2, D_MODEL)
+
+
+@pytest.mark.parametrize(
+    ("asked", "residual", "wanted"),
+    [
+        (None, torch.float32, torch.float32),
+        (None, torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.float32, torch.bfloat16),
+    ],
+)
+def test_a_whole_encoder_follows_the_layers_dtype_unless_one_is_asked_for(
+    tmp_path: Path, asked: torch.dtype | None, residual: torch.dtype, wanted: torch.dtype
+) -> None:
+    suite = SAESuite.from_pretrained(write_saes(tmp_path / "saes"), k=K, dtype=asked)
+    assert SAESuite.from_pretrained(suite, layers=[1]).dtype == asked
+    opened = open_layer(suite, 1, FEATURES, (), "topk_act")
+    x = residuals().to(residual)
+    used = opened.for_residual(x)
+    assert used.sae is not None
+    assert used.sae.W_enc.dtype == wanted
+    assert used.W_SD.dtype == used.b_S.dtype == used.sae.b_enc.dtype == torch.float32
+    assert used.for_residual(x) is used
+    # The rounded encoder decides which features are active, and gives their values.
+    sae = random_sae(101)
+    f = x.float() @ sae["W_enc"].to(wanted).float().T + sae["b_enc"]
+    kth = f.topk(K).values[..., -1:]
+    columns = [feature.index for feature in FEATURES]
+    chosen = f[..., columns]
+    acts = torch.where((chosen >= kth) & (chosen > 0), chosen, 0)
+    assert acts.any()
+    torch.testing.assert_close(topk_act(x, used).values_BTS, acts, atol=1e-5, rtol=1e-5)
+
+
+def test_a_whole_encoder_stays_in_its_file_until_it_is_used_otherwise(suite: SAESuite) -> None:
+    opened = open_layer(suite, 1, FEATURES, (), "topk_act")
+    assert opened.for_residual(residuals().float()) is opened
+    assert opened.for_residual(residuals().bfloat16()) is not opened

@@ -1,0 +1,78 @@
+"""Run by `test_opening.py` under torchrun: every process builds a trainer whose SAEs are to be opened.
+
+python -m torch.distributed.run --nproc_per_node 2 open_saes.py CASE SAES OUTPUT
+
+CASE `missing`: the second process's folder lacks a layer. CASE `hub`: a Hub whose downloads take a second and are
+written down. Each process writes what became of it to `rank{rank}.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from qscope_trl import SAEPenaltyCallback
+from qscope_trl.errors import CheckpointError
+from qscope_trl.sae import sources
+from tests.tiny import K
+from tests.training.harness import train
+from tests.training.penalty_harness import make_trainer
+
+
+class SlowHub:
+    """A Hub with one repository; a file that is in the cache is not downloaded again."""
+
+    def __init__(self, remote: Path, cache: Path) -> None:
+        self.remote, self.cache = remote, cache
+        self.downloads: list[tuple[str, float]] = []
+
+    def model_info(self, _repo: str, *, revision: str | None = None) -> Any:
+        return SimpleNamespace(
+            sha="0" * 40, siblings=[SimpleNamespace(rfilename=p.name) for p in self.remote.iterdir()]
+        )
+
+    def download(self, _repo: str, name: str, *, revision: str) -> str:
+        if not (self.cache / name).exists():
+            time.sleep(1)
+            shutil.copy(self.remote / name, self.cache / f"{name}.part")
+            os.replace(self.cache / f"{name}.part", self.cache / name)
+            self.downloads.append((name, time.time()))
+        return str(self.cache / name)
+
+
+def main() -> None:
+    case, saes, output = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    rank = int(os.environ["RANK"])
+    found: dict[str, Any] = {"rank": rank}
+    source: str = str(saes)
+    if case == "missing" and rank == 1:
+        source = str(output / "incomplete")
+        shutil.copytree(saes, source)
+        (Path(source) / "layer2.sae.pt").unlink()
+    hub = SlowHub(saes, output / "cache")
+    if case == "hub":
+        hub.cache.mkdir(exist_ok=True)
+        sources.HfApi, sources.hf_hub_download = lambda: hub, hub.download
+        source = "Qwen/SAE-Res-Tiny"
+    start = time.time()
+    try:
+        trainer = make_trainer(output, [SAEPenaltyCallback(source, ["L1F3", "L2F40"], 0.5, sae_k=K)], max_steps=1)
+        train(trainer)
+        found["trained"] = trainer.state.global_step
+    except CheckpointError as error:
+        found["error"] = str(error)
+    found.update(seconds=time.time() - start, downloads=hub.downloads)
+    (output / f"rank{rank}.json").write_text(json.dumps(found))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Without any teardown (pytorch/pytorch#190489).
+    os._exit(0)
+
+
+main()

@@ -1,0 +1,36 @@
+"""SAEs are opened by all processes or by none, and downloaded once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.launching import two_processes
+from tests.tiny import write_saes
+
+
+def outcome(case: str, folder: Path) -> list[dict[str, Any]]:
+    two_processes("open_saes.py", case, str(write_saes(folder / "saes")), str(folder))
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.distributed
+def test_a_file_that_one_process_lacks_ends_all_of_them_at_once(tmp_path: Path) -> None:
+    first, second = outcome("missing", tmp_path)
+    assert second["error"].startswith("No SAE for layer 2 in '")
+    assert first["error"].startswith(
+        "Process 1 of 2 cannot open the SAEs, so no process goes on: CheckpointError: No SAE"
+    )
+    assert "Every node needs the same files" in first["error"]
+    assert max(first["seconds"], second["seconds"]) < 30, "one waited for the other"
+
+
+@pytest.mark.distributed
+def test_one_process_of_a_node_downloads_and_the_others_wait(tmp_path: Path) -> None:
+    first, second = outcome("hub", tmp_path)
+    assert sorted(name for name, _ in first["downloads"]) == ["layer1.sae.pt", "layer2.sae.pt"]
+    assert second["downloads"] == []
+    assert first["trained"] == second["trained"] == 1

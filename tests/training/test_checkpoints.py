@@ -1,0 +1,230 @@
+"""Only checkpoints that were written to their end are resumed from, and a killed run goes on as if it were not.
+
+The kills are real ones: another process, SIGKILL, between checkpoints and inside each step of writing one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from qscope_trl import CompleteCheckpoints, QScopeWarning, attach, last_complete_checkpoint
+from qscope_trl.errors import CheckpointError
+from qscope_trl.training.checkpoints import MARK_FILE, find_fault
+from tests.tiny import K, write_saes
+from tests.training import killed_run
+from tests.training.harness import train
+from tests.training.penalty_harness import NAMES, callback, make_trainer
+
+ROOT = Path(__file__).parents[2]
+SAVING: dict[str, Any] = {"max_steps": 5, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def saes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_saes(tmp_path_factory.mktemp("saes"))
+
+
+def saved_run(saes: Path, folder: Path, **changes: Any) -> None:
+    train(make_trainer(folder, [callback(saes)], **{**SAVING, **changes}))
+
+
+def test_every_checkpoint_of_a_penalised_run_is_marked_with_the_size_of_every_file(saes: Path, tmp_path: Path) -> None:
+    saved_run(saes, tmp_path)
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
+    for step in (2, 4, 5):
+        folder = tmp_path / f"checkpoint-{step}"
+        marked = json.loads((folder / MARK_FILE).read_text())["files"]
+        there = {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+        del there[MARK_FILE]
+        assert marked == there
+        assert {"model.safetensors", "optimizer.pt", "trainer_state.json", "sae_penalty_state.json"} <= marked.keys()
+
+
+def test_attach_marks_checkpoints_too_and_takes_its_mark_keeper_off(saes: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, [], **SAVING)
+    before = list(trainer.callback_handler.callbacks)
+    with attach(trainer, saes, NAMES, sae_k=K, penalty_weight=0.5):
+        train(trainer)
+    assert trainer.callback_handler.callbacks == before
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
+
+
+class AttachesLate(TrainerCallback):
+    trainer: Any = None
+    saes: Any = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            attach(self.trainer, self.saes, NAMES, sae_k=K, penalty_weight=0.5)
+
+
+def test_a_penalty_that_is_attached_in_the_middle_of_training_saves_and_marks(saes: Path, tmp_path: Path) -> None:
+    late = AttachesLate()
+    late.trainer, late.saes = make_trainer(tmp_path, [late], **SAVING), saes
+    train(late.trainer)
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
+
+
+def shorten(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+DAMAGE = {
+    "no-mark": (lambda f: (f / MARK_FILE).unlink(), "its run marks whole checkpoints by `checkpoint_complete.json`"),
+    "no-state": (
+        lambda f: [(f / n).unlink() for n in (MARK_FILE, "trainer_state.json")],
+        "no readable `trainer_state.json`",
+    ),
+    "file-missing": (lambda f: (f / "optimizer.pt").unlink(), "`optimizer.pt` is missing"),
+    "file-short": (lambda f: shorten(f / "model.safetensors"), r"`model.safetensors` has \d+ bytes instead of \d+"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_and_refused(name: str, saes: Path, tmp_path: Path) -> None:
+    saved_run(saes, tmp_path)
+    damage, message = DAMAGE[name]
+    damage(tmp_path / "checkpoint-5")
+    with pytest.warns(QScopeWarning, match=rf"checkpoint-5' is passed over: .*{message}"):
+        assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert find_fault(tmp_path / "checkpoint-4") is None
+
+
+def test_the_trainers_own_choice_of_a_half_written_checkpoint_is_refused_before_the_first_step(
+    saes: Path, tmp_path: Path
+) -> None:
+    """Without its optimizer, transformers would go on with a fresh one and say nothing."""
+    saved_run(saes, tmp_path)
+    for name in (MARK_FILE, "optimizer.pt"):
+        (tmp_path / "checkpoint-4" / name).unlink()
+    resumed = make_trainer(tmp_path, [callback(saes)], **SAVING)
+    before = {name: p.detach().clone() for name, p in resumed.model.named_parameters()}
+    with pytest.raises(CheckpointError, match=r"checkpoint-4' cannot be resumed from: its run marks whole"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    loaded = dict(resumed.model.named_parameters())
+    assert any(not torch.equal(p, before[name]) for name, p in loaded.items()), "it was not loaded at all"
+    assert resumed.state.global_step == 4
+
+
+def test_checkpoints_of_other_programs_are_let_through(tmp_path: Path) -> None:
+    train(make_trainer(tmp_path, [], **SAVING))
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
+    assert last_complete_checkpoint(tmp_path / "nothing") is None
+
+
+@pytest.mark.parametrize(("limit", "left"), [(1, [5]), (2, [4, 5]), (None, [2, 4, 5])])
+def test_older_checkpoints_are_deleted_after_the_new_one_is_whole(
+    limit: int | None, left: list[int], tmp_path: Path
+) -> None:
+    train(make_trainer(tmp_path, [CompleteCheckpoints(limit)], **SAVING))
+    assert sorted(int(f.name.split("-")[1]) for f in tmp_path.glob("checkpoint-*")) == left
+
+
+def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:
+    changes = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    # The loss falls, so the first checkpoint is the best by this measure.
+    changes |= {"metric_for_best_model": "eval_loss", "greater_is_better": True}
+    trainer = make_trainer(tmp_path, [CompleteCheckpoints(1)], **{**SAVING, "max_steps": 4, **changes})
+    train(trainer)
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    assert sorted(f.name for f in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+
+
+# --- killed and resumed ----------------------------------------------------------------------------------------------
+
+# Where the run is killed, and the checkpoint it goes on from. `trainer.train` of the killed run saves at 2 and 4 of 5.
+KILLS = {
+    "between-checkpoints": ("step:3", 2),
+    "before-the-weights": ("save_file:4", 2),
+    "inside-the-weights": ("half_weights:4", 2),
+    "inside-the-optimizer": ("half_optimizer:4", 2),
+    "inside-the-random-numbers": ("half_random:4", 2),
+    "before-the-trainers-state": ("state:4", 2),
+    "before-the-mark": ("mark:4", 2),
+    "after-the-mark": ("step:5", 4),
+}
+
+
+def run_killable(saes: Path, folder: Path, kill: str, resume: bool, processes: int = 1) -> int:
+    script = [str(Path(__file__).with_name("killed_run.py")), str(saes), str(folder), kill, str(int(resume))]
+    command = [sys.executable, "-W", "ignore", *script]
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
+        launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+        command = [sys.executable, "-W", "ignore", *launcher, *script]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    if kill == "never":
+        assert done.returncode == 0, done.stderr[-3000:]
+    return done.returncode
+
+
+def assert_same_end(found: Path, wanted: Path) -> None:
+    """Weights, the course of the loss, and every metric of ours: as in a run that nothing happened to.
+
+    But for times, and TRL's `num_tokens`, which it counts anew from each start.
+    """
+    ours, theirs = (torch.load(folder / "weights.pt") for folder in (found, wanted))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    logs = [json.loads((folder / "log.json").read_text()) for folder in (found, wanted)]
+    for log in logs:
+        for entry in log:
+            for key in [k for k in entry if k.endswith(("_runtime", "_per_second", "train_loss", "num_tokens"))]:
+                del entry[key]
+    assert logs[0] == logs[1]
+    assert sum("sae/penalty_weight" in entry for entry in logs[0]) == 2
+
+
+def end_in_this_process(saes: Path, folder: Path, resume: bool) -> None:
+    with warnings.catch_warnings():
+        # That half-written checkpoints are passed over is asserted above.
+        warnings.simplefilter("ignore")
+        killed_run.run(str(saes), folder, resume)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(saes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    end_in_this_process(saes, folder, False)
+    return folder
+
+
+@pytest.mark.parametrize("name", KILLS)
+def test_a_run_killed_anywhere_ends_as_one_that_was_not(
+    name: str, undisturbed: Path, saes: Path, tmp_path: Path
+) -> None:
+    kill, goes_on_from = KILLS[name]
+    assert run_killable(saes, tmp_path, kill, False) == -signal.SIGKILL
+    assert not (tmp_path / "weights.pt").exists()
+    end_in_this_process(saes, tmp_path, True)
+    assert json.loads((tmp_path / "resumed.json").read_text()) == str(tmp_path / f"checkpoint-{goes_on_from}")
+    assert_same_end(tmp_path, undisturbed)
+
+
+@pytest.mark.distributed
+def test_two_processes_of_which_one_is_killed_end_as_if_it_were_not(saes: Path, tmp_path: Path) -> None:
+    undisturbed = tmp_path / "undisturbed"
+    undisturbed.mkdir()
+    run_killable(saes, undisturbed, "never", False, processes=2)
+    # The second process dies while it writes its part, when the first has perhaps long written its own.
+    for name in ("between-checkpoints", "inside-the-random-numbers"):
+        kill, goes_on_from = KILLS[name]
+        folder = tmp_path / name
+        folder.mkdir()
+        assert run_killable(saes, folder, kill, False, processes=2) == 1
+        assert not (folder / "weights.pt").exists()
+        run_killable(saes, folder, "never", True, processes=2)
+        assert json.loads((folder / "resumed.json").read_text()) == str(folder / f"checkpoint-{goes_on_from}")
+        assert_same_end(folder, undisturbed)
