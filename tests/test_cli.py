@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import yaml
 import qscope_trl
 from qscope_trl import FeatureSet
 from qscope_trl.cli import main
-from qscope_trl.errors import ConfigError, DataError
+from qscope_trl.errors import CheckpointError, ConfigError, DataError, QScopeWarning
 from qscope_trl.features import Feature
 from qscope_trl.training import launch, sft
 from tests.tiny import prompt_completion_rows, sentence, tiny_model, tiny_tokenizer, write_saes
@@ -266,22 +267,22 @@ def test_processes_without_a_gpu_are_joined_over_the_cpu(monkeypatch: pytest.Mon
     assert "ACCELERATE_USE_CPU" not in os.environ
 
 
-def accelerate_launch(*arguments: str) -> str:
-    """What a command under `accelerate launch` with the shipped configuration, two processes, prints."""
+def accelerate_launch(*arguments: str, engine: str = "ddp") -> tuple[str, str]:
+    """What a command under `accelerate launch` with a shipped configuration, two processes, prints."""
     command = [
         sys.executable, "-m", "accelerate.commands.launch",
-        "--config_file", str(ROOT / "configs" / "accelerate" / "ddp.yaml"), "--main_process_port", "0",
+        "--config_file", str(ROOT / "configs" / "accelerate" / f"{engine}.yaml"), "--main_process_port", "0",
         "-m", "qscope_trl", *arguments,
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return done.stdout, done.stderr
 
 
 @pytest.mark.distributed
 def test_accelerate_launch_trains_one_model_with_two_processes(assets: Path, tmp_path: Path) -> None:
-    out = accelerate_launch(
+    out, _ = accelerate_launch(
         "sft", "--config", str(assets / "run.yaml"), "--output_dir", str(tmp_path / "out"), "--max_steps", "-1",
         "--num_train_epochs", "1",
     )  # fmt: skip
@@ -293,7 +294,7 @@ def test_accelerate_launch_trains_one_model_with_two_processes(assets: Path, tmp
 
 @pytest.mark.distributed
 def test_accelerate_launch_runs_the_shipped_grpo_configuration_with_two_processes(tmp_path: Path) -> None:
-    out = accelerate_launch(
+    out, _ = accelerate_launch(
         "grpo", "--config", "configs/grpo_feature_reward.yaml", "--output_dir", str(tmp_path / "out"), "--max_steps",
         "1", "--per_device_train_batch_size", "4", "--max_completion_length", "8",
     )  # fmt: skip
@@ -301,3 +302,80 @@ def test_accelerate_launch_runs_the_shipped_grpo_configuration_with_two_processe
     assert "sae/rollouts/reweighted" in out
     assert out.count("Model saved to") == 1
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("engine", "name"), [("fsdp2", "FSDP"), ("zero3", "DeepSpeed")])
+def test_an_engine_that_the_cpu_does_not_have_is_said_to_be_ddp(
+    engine: str, name: str, assets: Path, tmp_path: Path
+) -> None:
+    if engine == "zero3":
+        pytest.importorskip("deepspeed")
+    out, err = accelerate_launch(
+        "sft", "--config", "configs/sft_penalty.yaml", "--output_dir", str(tmp_path / "out"), "--max_steps", "1",
+        "--per_device_train_batch_size", "2", "--eval_strategy", "no", "--data_eval_path", "",
+        engine=engine,
+    )  # fmt: skip
+    assert err.count(f"The configuration asks for {name}, which accelerate does not have on a CPU") == 1
+    assert out.count("Model saved to") == 1
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def limited(assets: Path, megabytes: float, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`qscope sft` in a process whose files may not grow beyond a size: writing fails as on a full disk."""
+    # Blocks of 1024 bytes in bash. Python ignores the signal, so the write fails.
+    shell = f'ulimit -f {int(megabytes * 1024)}; exec "$@"'
+    command = [sys.executable, "-W", "ignore", "-m", "qscope_trl", "sft", "--config", str(assets / "run.yaml")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        ["bash", "-c", shell, "bash", *command, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+
+
+def test_a_full_disk_ends_the_run_with_advice_and_costs_no_whole_checkpoint(assets: Path, tmp_path: Path) -> None:
+    common = [
+        "--output_dir",
+        str(tmp_path),
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "2",
+        "--save_total_limit",
+        "1",
+    ]
+    done = main(["sft", "--config", str(assets / "run.yaml"), *common])
+    assert done == 0
+    sizes = {path.name: path.stat().st_size / 2**20 for path in (tmp_path / "checkpoint-2").iterdir()}
+    resume = [*common, "--max_steps", "4", "--resume_from_checkpoint", "true"]
+    # The optimizer's file is the largest, then the weights'.
+    for megabytes in (sizes["model.safetensors"] + 0.01, sizes["model.safetensors"] / 2):
+        full = limited(assets, megabytes, *resume)
+        assert full.returncode == 2, full.stderr[-2000:]
+        message = full.stderr.strip().splitlines()[-1]
+        assert message.startswith(f"error: Nothing more can be written to '{tmp_path}': ")
+        assert "with `--resume_from_checkpoint true`" in message
+        assert launch_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    with pytest.warns(QScopeWarning, match=r"checkpoint-4' is passed over"):
+        assert main(["sft", "--config", str(assets / "run.yaml"), *resume]) == 0
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3, 4]
+    assert not (tmp_path / "checkpoint-2").exists()
+
+
+def launch_checkpoint(folder: Path) -> str | None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return qscope_trl.last_complete_checkpoint(folder)
+
+
+def test_resuming_without_a_whole_checkpoint_is_refused(assets: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no checkpoint that was written to its end"):
+        sft.run(sft.parse([
+            "--config", str(assets / "run.yaml"), "--output_dir", str(tmp_path), "--resume_from_checkpoint", "true",
+        ]))  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"There is no checkpoint '.*none' to resume from"):
+        sft.run(sft.parse(["--config", str(assets / "run.yaml"), "--resume_from_checkpoint", str(tmp_path / "none")]))

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import functools
 import os
-import warnings
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -21,10 +20,9 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from qscope_trl.config import PenaltyConfig
-from qscope_trl.errors import AttachError, NonFiniteError, PenaltySelfCheckError, QScopeWarning
+from qscope_trl.errors import AttachError, NonFiniteError, PenaltySelfCheckError
 from qscope_trl.features import FeatureSet
 from qscope_trl.hooks.residual import Capture, ResidualHook
-from qscope_trl.monitor.statistics import FeatureStatistics, evaluation_prefix
 from qscope_trl.sae.suite import SAESuite
 from qscope_trl.training.checkpoints import CompleteCheckpoints
 from qscope_trl.training.checks import (
@@ -37,9 +35,10 @@ from qscope_trl.training.checks import (
 )
 from qscope_trl.training.collator import GROUP_KEY
 from qscope_trl.training.masks import GroupFn, runs_batch, token_groups, token_mask
+from qscope_trl.training.metrics import PenaltyMetrics
 from qscope_trl.training.normalisation import loss_divisor
 from qscope_trl.training.opening import on_every_process, open_features
-from qscope_trl.training.penalty import PENALTIES, VALUE_NAMES, LayerFeatures
+from qscope_trl.training.penalty import PENALTIES, LayerFeatures
 
 _ATTRIBUTE = "_qscope_penalty_attachment"
 
@@ -65,7 +64,8 @@ class PenaltyAttachment:
     The loss of every micro-batch grows by `weight * s / n`: `s` is the sum over penalised tokens, layers and features,
     and `n` is what the trainer divides its own loss by. Where that is the number of trained tokens of the optimizer
     step (SFT, plain `Trainer`), the penalty is the exact mean over those tokens; where the trainer averages
-    micro-batches (DPO, KTO, Reward, or `penalty_tokens="all"`), it is the mean of micro-batch means.
+    micro-batches (DPO, KTO, Reward, multimodal models such as Qwen3_5ForConditionalGeneration, or
+    `penalty_tokens="all"`), it is the mean of micro-batch means.
 
     Args:
         saes: Hub id, folder, file, or an open `SAESuite`.
@@ -108,7 +108,8 @@ class PenaltyAttachment:
         self._hook: ResidualHook | None = None
         self._trainer: Any = None
         self._originals: dict[str, Any] = {}
-        self._statistics = {mode: self._new_statistics() for mode in ("train", "eval")}
+        self.metrics = PenaltyMetrics(self.config, self.features, self.monitor_features)
+        """What is measured, for the trainer's log and its checkpoints."""
         self._check = FirstStepCheck(self.after_optimizer_step, self.before_optimizer_step)
         self._finite = FiniteCheck()
         self._marks: CompleteCheckpoints | None = None
@@ -169,9 +170,9 @@ class PenaltyAttachment:
         self._check = FirstStepCheck(self.after_optimizer_step, self.before_optimizer_step)
         self._finite = FiniteCheck()
         self._check.start(trainer)
-        if not any(isinstance(item, CompleteCheckpoints) for item in trainer.callback_handler.callbacks):
-            self._marks = CompleteCheckpoints()
-            trainer.add_callback(self._marks)
+        present = list(trainer.callback_handler.callbacks)
+        marks = CompleteCheckpoints.of(trainer)
+        self._marks = None if marks in present else marks
         return self
 
     def detach(self) -> None:
@@ -295,15 +296,7 @@ class PenaltyAttachment:
                     mask = mask & ~bad
                 if kind_of is not self._monitors:
                     totals.append(torch.where(mask, terms.penalty_BT, 0).sum().to(mask_BT.device))
-                statistics = self._statistics[mode][kind_of is self._monitors]
-                if statistics is not None:
-                    statistics.update(
-                        layer,
-                        terms.values_BTS.flatten(0, 1),
-                        terms.active_BTS.flatten(0, 1),
-                        terms.penalty_BT.detach().flatten(),
-                        mask.flatten(),
-                    )
+                self.metrics.update(mode, layer, kind_of is self._monitors, terms, mask)
             if mode == "train":
                 self._finite.see(bad_BT, capture.input_ids)
         return torch.stack(totals).sum(), torch.stack(counts).sum()
@@ -346,13 +339,6 @@ class PenaltyAttachment:
 
     # --- metrics -------------------------------------------------------------------------------------------------
 
-    def _new_statistics(self) -> tuple[FeatureStatistics, FeatureStatistics | None]:
-        monitors = self.monitor_features
-        return (
-            FeatureStatistics(self.features.ids, VALUE_NAMES[self.config.penalty_kind]),
-            None if monitors is None else FeatureStatistics(monitors.ids, VALUE_NAMES["preact_hinge"]),
-        )
-
     def _measure_evaluation(self, captures: Sequence[Capture], batch: Mapping[str, Any], groups: Any) -> None:
         """Measure the one forward of an evaluation step that ran the batch's own tokens, not a reference pass."""
         for capture in sorted(captures, key=lambda c: not runs_batch(c, batch)):
@@ -364,74 +350,10 @@ class PenaltyAttachment:
                 self._penalty([capture], batch, groups, "eval")
             return
 
-    def forget_evaluation(self) -> None:
-        """Drop what was measured outside training since the last log event."""
-        for statistics in self._statistics["eval"]:
-            if statistics is not None:
-                statistics.reset()
-
     def _wrap_log(self, original: Any) -> Any:
         @functools.wraps(original)
         def log(logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
-            prefix = evaluation_prefix(logs)
-            if prefix is not None:
-                logs.update({f"{prefix}_{key}": value for key, value in self._take_metrics("eval").items()})
-            elif "loss" in logs:
-                logs.update(self._take_metrics("train"))
-                if "sae/penalty" in logs:
-                    weight = self.config.weight_at(self._trainer.state.global_step - 1, self._trainer.state.max_steps)
-                    logs["sae/penalty_weight"] = weight
+            self.metrics.add_to(logs, self._trainer)
             return original(logs, *args, **kwargs)
 
         return log
-
-    def _reduce_fn(self) -> Callable[[Tensor], Tensor] | None:
-        accelerator = None if self._trainer is None else self._trainer.accelerator
-        if accelerator is None or accelerator.num_processes == 1:
-            return None
-        return functools.partial(accelerator.reduce, reduction="sum")
-
-    def _take_metrics(self, mode: str) -> dict[str, float]:
-        metrics: dict[str, float] = {}
-        for prefix, statistics in zip(("sae", "sae/monitor"), self._statistics[mode], strict=True):
-            if statistics is not None:
-                means = statistics.metrics(self._reduce_fn(), self._trainer.accelerator.device)
-                metrics.update({f"{prefix}/{key}": value for key, value in means.items()})
-                statistics.reset()
-        return metrics
-
-    # --- state ---------------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs: settings and features to compare, sums since the last log event to go on with.
-
-        The sums are those of all processes, so every process calls this, and one writes it.
-        """
-        reduce_fn = self._reduce_fn()
-        device = None if reduce_fn is None else self._trainer.accelerator.device
-        sums = [None if s is None else s.state(reduce_fn, device) for s in self._statistics["train"]]
-        return {**self._settings(), "statistics": sums}
-
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "config": {name: getattr(self.config, name) for name in self.config.__dataclass_fields__},
-            "features": [str(i) for i in self.features.ids],
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a checkpoint's state; a differing setting is kept as given now, with a warning."""
-        mine = self._settings()
-        for key, was in {**state.get("config", {}), "features": state.get("features")}.items():
-            now = mine["features"] if key == "features" else mine["config"].get(key)
-            if was != now:
-                warnings.warn(
-                    f"The checkpoint was trained with `{key}={was!r}`, this run says {now!r}. Training goes on with "
-                    f"the new value.",
-                    QScopeWarning,
-                    stacklevel=2,
-                )
-        # Sums of all processes: taken up by one, so that the next reduction counts them once.
-        if state.get("features") == mine["features"] and self._trainer.accelerator.is_main_process:
-            for statistics, sums in zip(self._statistics["train"], state.get("statistics", ()), strict=False):
-                if statistics is not None:
-                    statistics.load_state(sums, self._trainer.accelerator.device)

@@ -121,8 +121,10 @@ class SAEPenaltyCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the penalty's state into the checkpoint."""
+        if self.attachment.trainer is None:
+            return
         # On every process, since its sums are added up; written by one.
-        saved = self.attachment.state_dict()
+        saved = self.attachment.metrics.state_dict(self.attachment.trainer)
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if args.should_save and folder.is_dir():
             write_whole(folder / STATE_FILE, json.dumps(saved, indent=2))
@@ -131,7 +133,7 @@ class SAEPenaltyCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
     ) -> None:
         """Forget what `trainer.predict` measured, so that the next evaluation reports its own data only."""
-        self.attachment.forget_evaluation()
+        self.attachment.metrics.forget_evaluation()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -165,7 +167,8 @@ class SAEPenaltyCallback(TrainerCallback):  # type: ignore[misc]
                 stacklevel=2,
             )
             return
-        self.attachment.load_state_dict(json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        self.attachment.metrics.load_state_dict(state, self.attachment.trainer)
 
 
 def _calling_trainer(callback: TrainerCallback) -> Any:

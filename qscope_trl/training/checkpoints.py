@@ -47,6 +47,16 @@ class CompleteCheckpoints(TrainerCallback, ExportableState):  # type: ignore[mis
     def __init__(self, save_total_limit: int | None = None) -> None:
         self.save_total_limit = save_total_limit
 
+    @classmethod
+    def of(cls, trainer: Any) -> CompleteCheckpoints:
+        """The one in a trainer's list of callbacks; added if there is none."""
+        for item in trainer.callback_handler.callbacks:
+            if isinstance(item, cls):
+                return item
+        marks = cls()
+        trainer.add_callback(marks)
+        return marks
+
     def state(self) -> dict[str, Any]:
         """What the trainer's state keeps: that this run marks its checkpoints."""
         return {"args": {"save_total_limit": self.save_total_limit}, "attributes": {}}

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import errno
 import gc
+import importlib.util
 import inspect
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qscope_trl.config import SAEConfig
-from qscope_trl.errors import CheckpointError, ConfigError, DataError
+from qscope_trl.errors import CheckpointError, ConfigError, DataError, QScopeWarning
 from qscope_trl.features import FeatureSet
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+_ENGINES = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
@@ -39,13 +42,26 @@ def use_cpu_if_alone() -> None:
     """Let accelerate join several processes on a machine without a GPU.
 
     Started by `accelerate launch` with a GPU configuration there, it would let each process train a model of its own,
-    without a word; told to use the CPU, it joins them by gloo.
+    without a word; told to use the CPU, it joins them by gloo. It has neither FSDP nor DeepSpeed there: a
+    configuration that names one trains data-parallel, with a warning.
     """
     import torch
 
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if "LOCAL_RANK" in os.environ and (accelerator is None or accelerator.type == "mps"):
-        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+    if "LOCAL_RANK" not in os.environ or (accelerator is not None and accelerator.type != "mps"):
+        return
+    os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+    for variable, engine in _ENGINES.items():
+        if os.environ.get(variable, "").lower() == "true":
+            # Left as it is, transformers would prepare the model for an engine that never comes.
+            os.environ[variable] = "false"
+            if os.environ.get("RANK", "0") == "0":
+                warnings.warn(
+                    f"The configuration asks for {engine}, which accelerate does not have on a CPU. Training is "
+                    f"data-parallel here (DDP), with the same gradients and more memory.",
+                    QScopeWarning,
+                    stacklevel=2,
+                )
 
 
 def load_features(entries: Sequence[str]) -> FeatureSet:
@@ -112,6 +128,9 @@ def trainer_kwargs(trl: Any, trainer_class: Any, model: Any, args: Any) -> dict[
         trainer_class: The trainer that will be built.
         model: `trl.ModelConfig`.
         args: The trainer's configuration; changed.
+
+    Raises:
+        ConfigError: If the model is to be quantised and bitsandbytes is not installed.
     """
     model_kwargs = {
         "revision": model.model_revision,
@@ -125,6 +144,11 @@ def trainer_kwargs(trl: Any, trainer_class: Any, model: Any, args: Any) -> dict[
         **(args.model_init_kwargs or {}),
     }
     extra: dict[str, Any] = {"peft_config": trl.get_peft_config(model)}
+    if (model.load_in_4bit or model.load_in_8bit) and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "`load_in_4bit` and `load_in_8bit` need bitsandbytes, which is not installed. Install it by `pip install "
+            "bitsandbytes`, or leave the setting out."
+        )
     quantization = trl.get_quantization_config(model)
     if quantization is not None:
         if "quantization_config" in inspect.signature(trainer_class.__init__).parameters:
@@ -194,10 +218,11 @@ def is_disk_error(err: BaseException) -> bool:
     """Whether something failed because no more could be written, whichever library wrote."""
     if isinstance(err, OSError) and err.errno in _DISK_ERRORS:
         return True
-    # safetensors raises an error of its own with the system's number in it; torch.save one without.
+    # safetensors raises an error of its own with the system's number in it; torch.save one of its zip writer.
     text = str(err)
-    numbers = {f"os error {number}" for number in _DISK_ERRORS}
-    return any(number in text for number in numbers) or "PytorchStreamWriter failed writing" in text
+    return any(f"os error {number}" in text for number in _DISK_ERRORS) or (
+        isinstance(err, RuntimeError) and ("inline_container.cc" in text or "PytorchStreamWriter" in text)
+    )
 
 
 def train_and_save(trainer: Any, args: Any, dataset_name: str) -> RunResult:
@@ -209,7 +234,7 @@ def train_and_save(trainer: Any, args: Any, dataset_name: str) -> RunResult:
     from qscope_trl.training.checkpoints import CompleteCheckpoints
 
     # The trainer would delete the last whole checkpoint while the next one may still be unfinished.
-    trainer.add_callback(CompleteCheckpoints(args.save_total_limit))
+    CompleteCheckpoints.of(trainer).save_total_limit = args.save_total_limit
     args.save_total_limit = None
     resume = find_resumed(args)
     try:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qscope_trl.errors import AttachError, ConfigError, PenaltySelfCheckError
-from qscope_trl.hooks.layers import is_compiled
+from qscope_trl.hooks.layers import find_decoder, is_compiled
 from qscope_trl.hooks.residual import Capture, ResidualHook
 from qscope_trl.training.generations import (
     RolloutActivations,
@@ -297,9 +297,15 @@ class RolloutScoring:
             if is_compiled(model):
                 stack.enter_context(self._listen_to(model, None if model is trainer.model else source))
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+            extra = last_logits(model, 1)
+            plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+            if plugin is not None and plugin.zero_stage == 3:
+                # TRL trains through `lm_head.weight`, not the module. Once a forward has run the module, ZeRO-3 frees
+                # that weight before TRL's backward needs it.
+                model, extra = find_decoder(model), {}
             for start in range(0, len(rows), size):
                 chunk = slice(start, start + size)
-                model(input_ids=ids_BT[chunk], attention_mask=mask_BT[chunk], use_cache=False, **last_logits(model, 1))
+                model(input_ids=ids_BT[chunk], attention_mask=mask_BT[chunk], use_cache=False, **extra)
         self.num_forwards += 1
 
     @contextmanager

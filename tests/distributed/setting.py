@@ -22,8 +22,8 @@ def feature_set() -> FeatureSet:
     return FeatureSet(features=tuple(Feature(layer=la, index=i, weight=w, threshold=t) for la, i, w, t in FEATURES))
 
 
-def reference_penalty() -> ReferencePenalty:
-    return ReferencePenalty({layer: random_sae(100 + layer) for layer in LAYERS}, FEATURES, k=TOP_K)
+def reference_penalty(kind: str = "preact_hinge") -> ReferencePenalty:
+    return ReferencePenalty({layer: random_sae(100 + layer) for layer in LAYERS}, FEATURES, kind=kind, k=TOP_K)
 
 
 def lora(model: Any) -> Any:

@@ -92,6 +92,40 @@ def cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
     return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum")
 
 
+def run_with_router(model: Any, batch: Batch, layers: Sequence[int]) -> tuple[Any, dict[int, torch.Tensor], list]:
+    """As `run`, with what every router of a mixture of experts gave: `(tokens of the batch, experts)` each."""
+    scores: list[torch.Tensor] = []
+
+    def keep(module: Any, args: Any, output: Any) -> None:
+        scores.append(output[0] if isinstance(output, tuple) else output)
+
+    routers = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
+    handles = [router.register_forward_hook(keep) for router in routers]
+    try:
+        output, residuals = run(model, batch, layers)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return output, residuals, scores
+
+
+def router_loss(routers: Sequence[torch.Tensor], real: Sequence[bool], k: int) -> torch.Tensor:
+    """Load balancing of Switch Transformer, equations 4-6, over the real tokens of all layers, by loops.
+
+    The number of experts times the sum over experts of (share of tokens sent there) * (mean probability).
+    """
+    num_experts = routers[0].shape[-1]
+    sent, probabilities = torch.zeros(num_experts), []
+    for scores in routers:
+        for token, is_real in enumerate(real):
+            if is_real:
+                probability = scores[token].float().softmax(-1)
+                probabilities.append(probability)
+                for expert in probability.sort(descending=True).indices[:k].tolist():
+                    sent[expert] += 1
+    return num_experts * (sent / len(probabilities) * torch.stack(probabilities).mean(0)).sum()
+
+
 def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True, retain_graph=True)

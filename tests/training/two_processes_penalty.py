@@ -36,7 +36,7 @@ def main() -> None:
 
     def on_save(args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 2:
-            local.append(cb.attachment._statistics["train"][0]._sums.clone())
+            local.append(cb.attachment.metrics.statistics["train"][0]._sums.clone())
         original(args, state, control, **kwargs)
 
     cb.on_save = on_save
