@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,13 @@ from reporting import RESULTS, environment, median_interval, peaks_of, report_pe
 
 VARIANTS = ("plain", "measure only", "preact_hinge", "plain again")
 LAYERS, PER_LAYER, TOKENS, WARM_UP = (10, 11), 10, 512, 3
+FEATURES = [f"L{layer}F{n}" for layer in LAYERS for n in range(PER_LAYER)]
 
 
-def build(variant: str, folder: Path, steps: int, device: str = "cpu") -> Any:
+def build(
+    variant: str, folder: Path, steps: int, device: str = "cpu", prepare: Callable[[Any], None] = lambda _args: None
+) -> Any:
+    """An `SFTTrainer`; `prepare` sees its arguments before it is made."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
@@ -53,9 +58,8 @@ def build(variant: str, folder: Path, steps: int, device: str = "cpu") -> Any:
             )
     callbacks = []
     if not variant.startswith("plain"):
-        names = [f"L{layer}F{n}" for layer in LAYERS for n in range(PER_LAYER)]
         weight = 0.0 if variant == "measure only" else 0.1
-        callbacks = [SAEPenaltyCallback(saes, names, weight, sae_k=50)]
+        callbacks = [SAEPenaltyCallback(saes, FEATURES, weight, sae_k=50)]
     from tokenizers import Tokenizer, models
 
     tokenizer = PreTrainedTokenizerFast(
@@ -75,6 +79,7 @@ def build(variant: str, folder: Path, steps: int, device: str = "cpu") -> Any:
             gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True,
             use_cpu=device == "cpu", bf16=device != "cpu", logging_steps=5, learning_rate=1e-4,
         )  # fmt: skip
+    prepare(args)
     return SFTTrainer(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
                       callbacks=callbacks)  # fmt: skip
 

@@ -16,6 +16,7 @@ from qscope_trl.errors import ConfigError, QScopeError
 _ABOUT = {
     "sft": "fine-tune with a feature penalty, from one YAML file and flags",
     "grpo": "the same for GRPO, with feature rewards and rollout policies",
+    "plan": "the GPU memory such a run needs, from its YAML file, before anything is downloaded",
     "find": "find the features of a behaviour by contrast, and write them to a file",
     "demo": "the whole job on a small bundled model: find, fine-tune, compare",
     "build": "compile the kernels ahead of time, instead of on first use",
@@ -62,6 +63,7 @@ def _dispatch(argv: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "sft": _sft,
         "grpo": _grpo,
+        "plan": _plan,
         "find": _find,
         "demo": _demo,
         "build": _build,
@@ -86,6 +88,31 @@ def _grpo(argv: list[str]) -> int:
     result = grpo_run.run(grpo_run.parse(argv))
     if result.is_main_process:
         sys.stdout.write(f"Model saved to {result.output_dir}\n")
+    return 0
+
+
+def _plan(argv: list[str]) -> int:
+    from qscope_trl.config_plan import PlanConfig
+    from qscope_trl.parsing import add_flags, refuse
+
+    parser = argparse.ArgumentParser(
+        prog="qscope plan",
+        description="The GPU memory that a training run needs, computed before anything is downloaded.",
+        epilog="Any other flag is one of the training command and overrides the file: --max_length 32768.",
+        allow_abbrev=False,
+    )
+    add_flags(parser, PlanConfig)
+    parser.error = refuse  # type: ignore[method-assign]
+    own, overrides = parser.parse_known_args(argv)
+    options = PlanConfig(**vars(own))
+
+    from qscope_trl.planning import run, show, suggestions
+
+    plan = run.run(options, overrides)
+    better = suggestions.suggest(plan, options, overrides)
+    if options.json:
+        show.write_json(plan, better, options.json)
+    sys.stdout.write(show.format_plan(plan, better))
     return 0
 
 

@@ -15,10 +15,10 @@ ROOT = Path(qscope_trl.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 # A module may import its own folder and anything of a higher number. `demo` uses everything but the command line.
 LAYERS = {
-    "__main__": -1, "cli": 0, "demo": 1,
+    "__main__": -1, "cli": 0, "demo": 1, "planning": 1,
     "training": 2, "analysis": 2,
     "monitor": 3, "activations": 3,
-    "sae": 4, "hooks": 4, "config_rollouts": 4,
+    "sae": 4, "hooks": 4, "config_rollouts": 4, "config_plan": 4,
     "config": 5, "features": 5, "parsing": 5,
     "ops": 6,
     "errors": 7, "_version": 7,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qscope_trl.errors import ConfigError
 from qscope_trl.ops import backend, reference
+from qscope_trl.ops.chosen import weighted_rows
 from qscope_trl.ops.reference import FeatureActs
 from qscope_trl.ops.topk_encode import check_operands, feature_chunks, fill_slab, product_dtype, token_blocks
 
@@ -61,8 +62,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _backward(ctx: Any, grad_acts: Tensor, _grad_active: Tensor) -> tuple[Tensor | None, ...]:
     active, W_enc, features = ctx.saved_tensors
     weights = torch.where(active, grad_acts, 0)
-    rows = W_enc[features].to(weights.dtype)
-    return (weights @ rows).to(ctx.dtype), None, None, None, None
+    return weighted_rows(weights, W_enc[features], ctx.dtype), None, None, None, None
 
 
 _feature_rank.register_autograd(_backward, setup_context=_keep)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qscope_trl.features import Feature, FeatureId
-from qscope_trl.ops import reference
+from qscope_trl.ops.chosen import pre_activations
 from qscope_trl.ops.feature_rank import feature_rank
 from qscope_trl.sae.suite import SAESuite
 from qscope_trl.sae.topk_sae import TopKSAE
@@ -123,7 +123,7 @@ def preact_hinge(x_BTD: Tensor, features: LayerFeatures, group_BT: Tensor | None
         Deviation: SASFT's released code divides by the number of features and sums over 32 accumulation steps; here
         features are summed with their weights and the caller averages over the tokens of the whole optimizer step.
     """
-    f_BTS = reference.pre_activations(x_BTD, features.W_SD, features.b_S)
+    f_BTS = pre_activations(x_BTD, features.W_SD, features.b_S)
     thresholds = features.thresholds_GS[0] if group_BT is None else features.thresholds_GS[group_BT]
     above = f_BTS - thresholds
     return PenaltyTerms((above.relu() * features.weights_S).sum(-1), f_BTS.detach(), above.detach() > 0)
@@ -150,7 +150,7 @@ def topk_act(x_BTD: Tensor, features: LayerFeatures, group_BT: Tensor | None = N
         indices = torch.tensor([i.index for i in features.ids], device=x_BTD.device)
         acts_BTS, active_BTS = feature_rank(x_BTD, sae.W_enc, sae.b_enc, sae.k or 0, indices)
     else:
-        f_BTS = reference.pre_activations(x_BTD, features.W_SD, features.b_S)
+        f_BTS = pre_activations(x_BTD, features.W_SD, features.b_S)
         active_BTS = f_BTS.detach() > (0 if features.jump_S is None else features.jump_S)
         acts_BTS = torch.where(active_BTS, f_BTS, 0)
     return PenaltyTerms((acts_BTS * features.weights_S).sum(-1), acts_BTS.detach(), active_BTS)

@@ -1,0 +1,135 @@
+"""Which engine spreads a run over GPUs, read from accelerate's YAML, and what it keeps per parameter.
+
+One process, DDP, FSDP2, or DeepSpeed ZeRO-1, 2, 3 by keys of accelerate's own YAML. Left out: FSDP1, tensor, context
+and sequence parallelism, and DeepSpeed JSON files.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from qscope_trl.errors import ConfigError
+
+ENGINES = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
+
+
+class Engine(NamedTuple):
+    """How parameters, gradients and optimizer states lie on the GPUs."""
+
+    name: str
+    """One of `ENGINES`."""
+
+    num_processes: int
+    """Processes, one a GPU."""
+
+    reshards: bool = True
+    """FSDP2: whether a layer's gathered weights are freed after its forward."""
+
+    offloads_optimizer: bool = False
+    """Whether optimizer states lie in the host's memory."""
+
+    offloads_weights: bool = False
+    """Whether sharded weights lie in the host's memory."""
+
+    checkpoints: bool = False
+    """FSDP2: whether the engine itself checkpoints activations."""
+
+    @property
+    def is_deepspeed(self) -> bool:
+        """Whether DeepSpeed runs the step."""
+        return self.name.startswith("zero")
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether each GPU keeps a part of the weights."""
+        return self.name in ("fsdp2", "zero3")
+
+    @property
+    def shards_gradients(self) -> bool:
+        """Whether each GPU keeps a part of the gradients."""
+        return self.name in ("fsdp2", "zero2", "zero3")
+
+    @property
+    def shards_optimizer(self) -> bool:
+        """Whether each GPU keeps a part of the optimizer states."""
+        return self.name == "fsdp2" or self.is_deepspeed
+
+
+def read_engine(path: str | None, num_processes: int | None) -> Engine:
+    """The engine that an accelerate configuration names.
+
+    Args:
+        path: The YAML file; None for one process, or for DDP where `num_processes` is above 1.
+        num_processes: Overrides the file's number.
+
+    Raises:
+        ConfigError: If the file is missing, no mapping, or names something that is not planned here.
+    """
+    if path is None:
+        number = num_processes or 1
+        return Engine("single" if number == 1 else "ddp", number)
+    data = _read(Path(path))
+    kind = str(data.get("distributed_type", "NO"))
+    number = num_processes or int(data.get("num_processes") or 1)
+    if kind == "NO":
+        return Engine("single" if number == 1 else "ddp", number)
+    if kind == "MULTI_GPU":
+        return Engine("single" if number == 1 else "ddp", number)
+    if kind == "FSDP":
+        return _fsdp(path, data.get("fsdp_config") or {}, number)
+    if kind == "DEEPSPEED":
+        return _deepspeed(path, data.get("deepspeed_config") or {}, number)
+    raise ConfigError(
+        f"`distributed_type` in '{path}' is {kind!r}, which is not planned. Planned: NO, MULTI_GPU, FSDP, DEEPSPEED."
+    )
+
+
+def _fsdp(path: str, settings: dict[str, Any], number: int) -> Engine:
+    version = int(settings.get("fsdp_version") or 1)
+    if version != 2:
+        raise ConfigError(
+            f"`fsdp_version` in '{path}' is {version}, and only FSDP2 is planned. Set `fsdp_version: 2`; "
+            f"`accelerate to-fsdp2` converts a file."
+        )
+    return Engine(
+        "fsdp2",
+        number,
+        reshards=str(settings.get("fsdp_reshard_after_forward", True)).lower() not in ("false", "no_shard"),
+        offloads_optimizer=bool(settings.get("fsdp_offload_params")),
+        offloads_weights=bool(settings.get("fsdp_offload_params")),
+        checkpoints=bool(settings.get("fsdp_activation_checkpointing")),
+    )
+
+
+def _deepspeed(path: str, settings: dict[str, Any], number: int) -> Engine:
+    stage = settings.get("zero_stage")
+    if stage not in (1, 2, 3):
+        raise ConfigError(
+            f"`zero_stage` in '{path}' is {stage!r}; 1, 2 and 3 are planned. A DeepSpeed JSON file is not read: write "
+            f"`zero_stage` into the YAML."
+        )
+
+    def offloads(name: str) -> bool:
+        return str(settings.get(name) or "none") not in ("none", "null")
+
+    return Engine(
+        f"zero{stage}",
+        number,
+        offloads_optimizer=offloads("offload_optimizer_device"),
+        offloads_weights=stage == 3 and offloads("offload_param_device"),
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"No accelerate configuration at '{path}'. Examples are in `configs/accelerate/`.")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as err:
+        raise ConfigError(f"'{path}' is not YAML: {err}") from err
+    if not isinstance(data, dict):
+        raise ConfigError(f"'{path}' holds a {type(data).__name__}, not a mapping as `accelerate config` writes it.")
+    return data
