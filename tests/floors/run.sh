@@ -17,5 +17,6 @@ for name in "${names[@]}"; do
   "$shared/bin/python" -c "import sysconfig; print(sysconfig.get_path('purelib'))" >"$site/shared.pth"
   "$work/$name/bin/pip" install -q -r "tests/floors/$name.txt"
   "$work/$name/bin/python" -c "import transformers, trl, torch; print(transformers.__version__, trl.__version__, torch.__version__)"
-  "$work/$name/bin/python" -m pytest -q -n auto -p no:cacheprovider tests/training tests/hooks
+  "$work/$name/bin/python" -m pytest -q -n auto -p no:cacheprovider \
+    -m "not slow and not pinned and not distributed" tests/training tests/hooks
 done

@@ -26,6 +26,8 @@ from tests.training.reference import gradients
 from tests.training.test_backbones import TOLERANCE
 from tests.training.test_equality import WEIGHT, checkpointing, feature_set, lora, suite
 
+pytestmark = pytest.mark.pinned
+
 __all__ = ["suite"]  # a fixture
 
 MERGED_TOLERANCE = 1e-5

@@ -32,6 +32,8 @@ from tests.training.test_equality import WEIGHT, checkpointing, feature_set, sui
 from tests.training.test_equality_grpo import penalty_gradients, record_inputs
 from tests.training.test_scores import TOLERANCE as SCORE_TOLERANCE
 
+pytestmark = pytest.mark.pinned
+
 __all__ = ["suite"]  # a fixture
 
 # fp32. The two sides add the same terms in another order, and the linear attention's exponentials of sums amplify

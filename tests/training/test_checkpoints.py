@@ -18,13 +18,21 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from qscope_trl import CompleteCheckpoints, QScopeWarning, attach, last_complete_checkpoint
+from qscope_trl import (
+    CompleteCheckpoints,
+    FeatureReward,
+    QScopeWarning,
+    SAEGRPOTrainer,
+    attach,
+    last_complete_checkpoint,
+)
 from qscope_trl.errors import CheckpointError
 from qscope_trl.training.checkpoints import MARK_FILE, find_fault
 from tests.tiny import K, write_saes
 from tests.training import killed_run
 from tests.training.harness import train
 from tests.training.penalty_harness import NAMES, callback, make_trainer
+from tests.training.rollout_harness import features, grpo_trainer, parity, policy
 
 ROOT = Path(__file__).parents[2]
 SAVING: dict[str, Any] = {"max_steps": 5, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 2}
@@ -201,6 +209,7 @@ def undisturbed(saes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.pinned
 @pytest.mark.parametrize("name", KILLS)
 def test_a_run_killed_anywhere_ends_as_one_that_was_not(
     name: str, undisturbed: Path, saes: Path, tmp_path: Path
@@ -228,3 +237,29 @@ def test_two_processes_of_which_one_is_killed_end_as_if_it_were_not(saes: Path, 
         run_killable(saes, folder, "never", True, processes=2)
         assert json.loads((folder / "resumed.json").read_text()) == str(folder / f"checkpoint-{goes_on_from}")
         assert_same_end(folder, undisturbed)
+
+
+@pytest.mark.pinned
+def test_grpo_with_a_rollout_policy_resumes_to_the_same_end(saes: Path, tmp_path: Path) -> None:
+    """Rollouts are drawn anew after the resume, from the random numbers that the checkpoint holds."""
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2, "logging_steps": 2}
+
+    def make() -> Any:
+        return grpo_trainer(
+            tmp_path, [parity, FeatureReward(features(), saes, sae_k=K, reader="policy", schedule="warmup")],
+            kind=SAEGRPOTrainer, rollout_policy=policy(saes, "amplify_negative"),
+            callbacks=[callback(saes)], **settings,
+        )  # fmt: skip
+
+    torch.manual_seed(0)
+    whole = make()
+    train(whole)
+    resumed = make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    wanted = whole.model.state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in resumed.model.state_dict().items())
+    logs = [[e for e in t.state.log_history if "reward" in e][-1] for t in (whole, resumed)]
+    for key in [k for k in logs[0] if k.startswith(("sae/", "rewards/", "loss"))]:
+        assert logs[0][key] == pytest.approx(logs[1][key], rel=1e-6), key

@@ -28,6 +28,8 @@ from tests.training.test_backbones import TOLERANCE
 from tests.training.test_equality import LAYERS, WEIGHT, checkpointing, feature_set, reference_penalty, suite
 from tests.training.test_equality_grpo import penalty_gradients, record_inputs
 
+pytestmark = pytest.mark.pinned
+
 __all__ = ["suite"]  # a fixture
 
 COEFFICIENT = 0.5
