@@ -10,8 +10,10 @@ with a reason.
 from __future__ import annotations
 
 import functools
+import json
 import os
 from collections.abc import Mapping, MutableMapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -24,18 +26,19 @@ from qscope_trl.errors import AttachError, NonFiniteError, PenaltySelfCheckError
 from qscope_trl.features import FeatureSet
 from qscope_trl.hooks.residual import Capture, ResidualHook
 from qscope_trl.sae.suite import SAESuite
-from qscope_trl.training.checkpoints import CompleteCheckpoints
+from qscope_trl.training.checkpoints import CompleteCheckpoints, write_whole
 from qscope_trl.training.checks import (
     FiniteCheck,
     FirstStepCheck,
     check_captures,
+    finite_tokens,
     raise_unknown_tokens,
     refuse_unsupported,
     require_trainable_below,
 )
 from qscope_trl.training.collator import GROUP_KEY
 from qscope_trl.training.masks import GroupFn, runs_batch, token_groups, token_mask
-from qscope_trl.training.metrics import PenaltyMetrics
+from qscope_trl.training.metrics import STATE_FILE, PenaltyMetrics
 from qscope_trl.training.normalisation import loss_divisor
 from qscope_trl.training.opening import on_every_process, open_features
 from qscope_trl.training.penalty import PENALTIES, LayerFeatures
@@ -113,6 +116,7 @@ class PenaltyAttachment:
         self._check = FirstStepCheck(self.after_optimizer_step, self.before_optimizer_step)
         self._finite = FiniteCheck()
         self._marks: CompleteCheckpoints | None = None
+        self._owns_marks = False
 
     # --- attaching -----------------------------------------------------------------------------------------------
 
@@ -171,8 +175,9 @@ class PenaltyAttachment:
         self._finite = FiniteCheck()
         self._check.start(trainer)
         present = list(trainer.callback_handler.callbacks)
-        marks = CompleteCheckpoints.of(trainer)
-        self._marks = None if marks in present else marks
+        self._marks = CompleteCheckpoints.of(trainer)
+        self._owns_marks = self._marks not in present
+        self._marks.writers.append(self._write_state)
         return self
 
     def detach(self) -> None:
@@ -189,9 +194,11 @@ class PenaltyAttachment:
             self._originals = {}
             self._trainer.__dict__.pop(_ATTRIBUTE, None)
             self._check.stop(self._trainer)
-            handler = self._trainer.callback_handler
-            handler.callbacks = [item for item in handler.callbacks if item is not self._marks]
-            self._marks = None
+            if self._marks is not None:
+                self._marks.writers.remove(self._write_state)
+                if self._owns_marks:
+                    self._marks.leave(self._trainer)
+                self._marks = None
             self._trainer = None
 
     def __enter__(self) -> PenaltyAttachment:
@@ -291,7 +298,7 @@ class PenaltyAttachment:
                     terms = function(residual, chosen, group)
                 if mode == "train":
                     # An evaluation shows NaN as NaN; a training step is stopped, or does without these tokens.
-                    bad = mask & ~terms.values_BTS.isfinite().all(-1)
+                    bad = mask & ~finite_tokens(residual, terms.values_BTS)
                     bad_BT |= bad.to(bad_BT.device)
                     mask = mask & ~bad
                 if kind_of is not self._monitors:
@@ -357,3 +364,9 @@ class PenaltyAttachment:
             return original(logs, *args, **kwargs)
 
         return log
+
+    def _write_state(self, folder: Path) -> None:
+        """Write the penalty's state into a checkpoint: on every process, as sums are added up; one writes."""
+        saved = self.metrics.state_dict(self._trainer)
+        if self._trainer.args.should_save:
+            write_whole(folder / STATE_FILE, json.dumps(saved, indent=2))

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qscope_trl.config import PenaltyConfig
 from qscope_trl.errors import AttachError, QScopeWarning
 from qscope_trl.features import FeatureSet
 from qscope_trl.sae.suite import SAESuite
 from qscope_trl.training.attach import PenaltyAttachment, attachment_of
-from qscope_trl.training.checkpoints import refuse_incomplete, resumed_folder, write_whole
+from qscope_trl.training.checkpoints import find_fault
 from qscope_trl.training.masks import GroupFn
-
-STATE_FILE = "sae_penalty_state.json"
-"""File in each checkpoint with the penalty's settings and its running sums."""
+from qscope_trl.training.metrics import STATE_FILE
+from qscope_trl.training.stack import calling_trainer, resumed_folder
 
 
 class SAEPenaltyCallback(TrainerCallback):  # type: ignore[misc]
@@ -98,7 +95,7 @@ class SAEPenaltyCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Attach to the trainer that is being built."""
-        trainer = _calling_trainer(self)
+        trainer = calling_trainer(self)
         if trainer is not None and trainer.model is not None:
             self._join(trainer)
 
@@ -106,7 +103,7 @@ class SAEPenaltyCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Attach if `on_init_end` was missed or the model was replaced, and take up a checkpoint's state."""
-        trainer = _calling_trainer(self)
+        trainer = calling_trainer(self)
         if trainer is not None:
             self._join(trainer)
         elif self.attachment.trainer is not None:
@@ -117,17 +114,7 @@ class SAEPenaltyCallback(TrainerCallback):  # type: ignore[misc]
                 "before `trainer.train()`."
             )
         if state.global_step > 0:
-            self._load_state(resumed_folder(args, state))
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the penalty's state into the checkpoint."""
-        if self.attachment.trainer is None:
-            return
-        # On every process, since its sums are added up; written by one.
-        saved = self.attachment.metrics.state_dict(self.attachment.trainer)
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if args.should_save and folder.is_dir():
-            write_whole(folder / STATE_FILE, json.dumps(saved, indent=2))
+            self._load_state(resumed_folder() or Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def on_predict(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
@@ -158,7 +145,8 @@ class SAEPenaltyCallback(TrainerCallback):  # type: ignore[misc]
         self.attachment.owner = self
 
     def _load_state(self, folder: Path) -> None:
-        refuse_incomplete(folder)
+        if find_fault(folder) is not None:
+            return  # `CompleteCheckpoints` refuses it, on every process.
         if not (folder / STATE_FILE).is_file():
             warnings.warn(
                 f"Training resumes from '{folder}', which holds no `{STATE_FILE}`: the penalty's settings cannot be "
@@ -169,16 +157,3 @@ class SAEPenaltyCallback(TrainerCallback):  # type: ignore[misc]
             return
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         self.attachment.metrics.load_state_dict(state, self.attachment.trainer)
-
-
-def _calling_trainer(callback: TrainerCallback) -> Any:
-    """The nearest trainer up the call stack whose callback list holds `callback`."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        candidate = frame.f_locals.get("self")
-        if isinstance(candidate, Trainer):
-            handler = getattr(candidate, "callback_handler", None)
-            if handler is not None and any(item is callback for item in handler.callbacks):
-                return candidate
-        frame = frame.f_back
-    return None

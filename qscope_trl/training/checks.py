@@ -189,33 +189,60 @@ class FiniteCheck:
         self._notes.append((bad_BT.any(1), input_ids))
 
     def finish_step(self, trainer: Any, action: str) -> None:
-        """Judge the optimizer step that is about to be made.
+        """Judge the optimizer step that is about to be made, on every process alike.
 
         Args:
             trainer: Whose step it is.
             action: `raise` or `skip`, as `PenaltyConfig.penalty_nonfinite`.
 
         Raises:
-            NonFiniteError: If an activation was not finite, unless they are skipped.
+            NonFiniteError: If an activation was not finite on any process, unless they are skipped.
         """
         notes, self._notes = self._notes, []
-        if not notes or not bool(torch.stack([bad.any() for bad, _ in notes]).any()):
-            return
-        number, bad, ids = next((n, bad, ids) for n, (bad, ids) in enumerate(notes) if bool(bad.any()))
-        rows = bad.nonzero().flatten().tolist()
-        shown = "" if ids is None else f" (row {rows[0]} begins with the tokens {ids[rows[0]][:12].tolist()})"
         accelerator = trainer.accelerator
-        where = f" on process {accelerator.process_index}" if accelerator.num_processes > 1 else ""
-        message = (
-            f"Optimizer step {trainer.state.global_step + 1}{where}: the activations of rows {rows} of micro-batch "
-            f"{number + 1} are NaN or infinite{shown}."
-        )
+        flag = torch.stack([bad.any() for bad, _ in notes]).any() if notes else torch.tensor(False)
+        flags = processes_with(flag, accelerator)
+        if not flags:
+            return
+        step = f"Optimizer step {trainer.state.global_step + 1}"
+        if accelerator.process_index in flags:
+            number, bad, ids = next((n, bad, ids) for n, (bad, ids) in enumerate(notes) if bool(bad.any()))
+            rows = bad.nonzero().flatten().tolist()
+            shown = "" if ids is None else f" (row {rows[0]} begins with the tokens {ids[rows[0]][:12].tolist()})"
+            where = f" on process {accelerator.process_index}" if accelerator.num_processes > 1 else ""
+            which = f"of rows {rows} of micro-batch {number + 1} are NaN or infinite{shown}"
+            message = f"{step}{where}: the activations {which}."
+        else:
+            message = f"{step}: activations on process {flags[0]} are NaN or infinite; its message names the batch."
         if action == "raise":
-            raise NonFiniteError(
-                f"{message} The step was not made. Look at that batch and at the loss before it; "
-                f"`penalty_nonfinite='skip'` leaves such tokens out of the penalty and trains on."
+            made = (
+                "DeepSpeed has made this step already, so go back to the last checkpoint."
+                if getattr(trainer, "is_deepspeed_enabled", False)
+                else "The step was not made."
             )
-        warnings.warn(f"{message} They were left out of the penalty.", QScopeWarning, stacklevel=2)
+            raise NonFiniteError(
+                f"{message} {made} Look at that batch and at the loss before it; `penalty_nonfinite='skip'` leaves "
+                f"such tokens out of the penalty and trains on."
+            )
+        if accelerator.process_index in flags:
+            warnings.warn(f"{message} They were left out of the penalty.", QScopeWarning, stacklevel=2)
+
+
+def processes_with(flag: Tensor, accelerator: Any) -> list[int]:
+    """Processes on which a flag is true; every process must call this, and all get the same answer."""
+    if accelerator.num_processes == 1:
+        return [0] if bool(flag) else []
+    flags = accelerator.gather(flag.to(accelerator.device, torch.int32).reshape(1))
+    return [rank for rank, value in enumerate(flags.tolist()) if value]
+
+
+def finite_tokens(residual_BTD: Tensor, values_BTS: Tensor) -> Tensor:
+    """Tokens `(B, T)` whose residual is finite, and so are the values read from it.
+
+    Values alone do not tell: a feature that is not active counts as 0, whatever the residual.
+    """
+    total_BT = residual_BTD.detach().sum(-1, dtype=torch.promote_types(residual_BTD.dtype, torch.float32))
+    return total_BT.isfinite() & values_BTS.isfinite().all(-1)
 
 
 def raise_unknown_tokens(batch: Mapping[str, Any], penalty_tokens: str) -> NoReturn:

@@ -15,12 +15,14 @@ from typing import Any
 from qscope_trl.config import DataConfig, MonitorConfig, PenaltyConfig, SAEConfig
 from qscope_trl.config_rollouts import RewardConfig, RolloutConfig
 from qscope_trl.errors import ConfigError, DataError, QScopeError
+from qscope_trl.features import FeatureSet
 from qscope_trl.parsing import parse_training
 from qscope_trl.training.launch import (
     RunResult,
     load_both,
     load_features,
     open_suite,
+    own_checkpoints,
     refuse_unused_evaluation,
     train_and_save,
     trainer_kwargs,
@@ -104,12 +106,27 @@ def build_trainer(settings: GRPORun) -> Any:
     """
     from qscope_trl.training.callback import SAEPenaltyCallback
     from qscope_trl.training.grpo import SAEGRPOTrainer
+    from qscope_trl.training.opening import on_every_process
     from qscope_trl.training.rewards import FeatureReward
     from qscope_trl.training.rollouts import RolloutPolicy
 
     trl: Any = importlib.import_module("trl")
     sae, reward, rollout, args = settings.sae, settings.reward, settings.rollout, settings.training
-    suite = open_suite(sae)
+    # The processes join here, so that a file that one of them lacks ends them all.
+    _ = args.device
+
+    def open_files() -> tuple[Any, dict[str, FeatureSet]]:
+        entries = {
+            "reward": reward.reward_features,
+            "monitor": settings.monitor.monitor_features,
+            "rollout": rollout.rollout_features,
+            "penalty": sae.sae_features,
+        }
+        sets = {name: load_features(named) for name, named in entries.items() if named}
+        layers = sorted({layer for features in sets.values() for layer in features.layers})
+        return open_suite(sae, layers or None), sets
+
+    suite, sets = on_every_process(open_files)
     shared: dict[str, Any] = {
         "kind": reward.reward_kind,
         "reader": reward.reward_reader,
@@ -117,10 +134,10 @@ def build_trainer(settings: GRPORun) -> Any:
         "last_k": reward.reward_last_k,
     }
     rewards = [load_function(path) for path in reward.reward_functions or []]
-    if reward.reward_features:
+    if "reward" in sets:
         rewards.append(
             FeatureReward(
-                load_features(reward.reward_features),
+                sets["reward"],
                 suite,
                 sign=reward.reward_sign,
                 scale=reward.reward_scale,
@@ -130,15 +147,14 @@ def build_trainer(settings: GRPORun) -> Any:
                 **shared,
             )
         )
-    if settings.monitor.monitor_features:
-        monitors = load_features(settings.monitor.monitor_features)
-        rewards.append(FeatureReward(monitors, suite, name="monitor", scale=0.0, **shared))
+    if "monitor" in sets:
+        rewards.append(FeatureReward(sets["monitor"], suite, name="monitor", scale=0.0, **shared))
     policy = None
     if rollout.rollout_policy:
-        named = rollout.rollout_features
+        named = sets.get("rollout")
         if rollout.rollout_policy != "penalise":
             # A feature reward penalises already; the same features twice would be a mistake.
-            named = named or reward.reward_features
+            named = named or sets.get("reward")
         if not named:
             raise ConfigError(
                 f"`rollout_policy` is '{rollout.rollout_policy}', but no features are named: set "
@@ -147,7 +163,7 @@ def build_trainer(settings: GRPORun) -> Any:
         shared["feature_kind"] = shared.pop("kind")
         policy = RolloutPolicy(
             rollout.rollout_policy,
-            load_features(named),
+            named,
             suite,
             strength=rollout.rollout_strength,
             cutoff=rollout.rollout_cutoff,
@@ -158,9 +174,10 @@ def build_trainer(settings: GRPORun) -> Any:
             max_steered_tokens=rollout.rollout_max_steered_tokens,
             **shared,
         )
-    callbacks = []
-    if sae.sae_features:
-        callbacks.append(SAEPenaltyCallback(suite, load_features(sae.sae_features), config=settings.penalty))
+    callbacks: list[Any] = []
+    if "penalty" in sets:
+        callbacks.append(SAEPenaltyCallback(suite, sets["penalty"], config=settings.penalty))
+    callbacks.append(own_checkpoints(args))
     train, evaluation = load_both(settings.script, args, settings.data.data_eval_path)
     for dataset in (train, evaluation):
         if dataset is not None and dataset.column_names is not None and "prompt" not in dataset.column_names:

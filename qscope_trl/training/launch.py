@@ -189,9 +189,7 @@ def find_resumed(args: Any) -> str | None:
     Raises:
         CheckpointError: If there is none, or the named one is half-written.
     """
-    from accelerate.utils import broadcast_object_list
-
-    from qscope_trl.training.checkpoints import last_complete_checkpoint, refuse_incomplete
+    from qscope_trl.training.checkpoints import find_fault, last_complete_checkpoint
 
     chosen = args.resume_from_checkpoint
     if isinstance(chosen, str) and chosen.lower() in ("true", "false"):
@@ -199,9 +197,7 @@ def find_resumed(args: Any) -> str | None:
     if not chosen:
         return None
     if chosen is True:
-        # One process looks, so that all go on from the same.
-        found = [last_complete_checkpoint(args.output_dir) if args.process_index == 0 else None]
-        chosen = broadcast_object_list(found)[0]
+        chosen = last_complete_checkpoint(args.output_dir)
         if chosen is None:
             raise CheckpointError(
                 f"`resume_from_checkpoint` is true, but '{args.output_dir}' holds no checkpoint that was written to "
@@ -210,8 +206,19 @@ def find_resumed(args: Any) -> str | None:
         return str(chosen)
     if not Path(chosen).is_dir():
         raise CheckpointError(f"There is no checkpoint '{chosen}' to resume from.")
-    refuse_incomplete(chosen)
+    fault = find_fault(Path(chosen))
+    if fault is not None:
+        raise CheckpointError(f"'{chosen}' cannot be resumed from: {fault}.")
     return str(chosen)
+
+
+def own_checkpoints(args: Any) -> Any:
+    """Takes the deleting of old checkpoints over from the trainer; put it into the trainer's callbacks."""
+    from qscope_trl.training.checkpoints import CompleteCheckpoints
+
+    # The trainer would delete the last whole checkpoint while the next one may still be unfinished.
+    limit, args.save_total_limit = args.save_total_limit, None
+    return CompleteCheckpoints(limit)
 
 
 def is_disk_error(err: BaseException) -> bool:
@@ -231,11 +238,6 @@ def train_and_save(trainer: Any, args: Any, dataset_name: str) -> RunResult:
     Raises:
         CheckpointError: If there is no whole checkpoint to resume from, or the disk is full.
     """
-    from qscope_trl.training.checkpoints import CompleteCheckpoints
-
-    # The trainer would delete the last whole checkpoint while the next one may still be unfinished.
-    CompleteCheckpoints.of(trainer).save_total_limit = args.save_total_limit
-    args.save_total_limit = None
     resume = find_resumed(args)
     try:
         outcome = trainer.train(resume_from_checkpoint=resume)
@@ -243,10 +245,12 @@ def train_and_save(trainer: Any, args: Any, dataset_name: str) -> RunResult:
     except Exception as err:
         if not is_disk_error(err):
             raise
+        named = getattr(err, "filename", None)
+        where = named if named and not Path(str(named)).is_relative_to(args.output_dir) else args.output_dir
         raise CheckpointError(
-            f"Nothing more can be written to '{args.output_dir}': {str(err).splitlines()[0].rstrip('.')}. Free space "
-            f"there, then run the same command with `--resume_from_checkpoint true`: it goes on from the last "
-            f"checkpoint that was written to its end."
+            f"Nothing more can be written to '{where}': {str(err).splitlines()[0].rstrip('.')}. Free space there, "
+            f"then run the same command with `--resume_from_checkpoint true`: it goes on from the last checkpoint "
+            f"that was written to its end."
         ) from err
     result = RunResult(
         output_dir=args.output_dir,

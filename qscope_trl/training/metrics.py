@@ -15,6 +15,9 @@ from qscope_trl.features import FeatureSet
 from qscope_trl.monitor.statistics import FeatureStatistics, evaluation_prefix
 from qscope_trl.training.penalty import VALUE_NAMES, PenaltyTerms
 
+STATE_FILE = "sae_penalty_state.json"
+"""File in each checkpoint with the penalty's settings and its running sums."""
+
 
 class PenaltyMetrics:
     """Statistics of the penalised features and of the monitors, apart for training and evaluation.

@@ -46,13 +46,16 @@ class LayerFeatures(NamedTuple):
     sae_dtype: torch.dtype | None = None
     """Dtype of the whole encoder's matrix; None is that of the residuals it reads. The chosen rows stay fp32."""
 
+    stored: TopKSAE | None = None
+    """What `sae` was cast from: rounding twice would change it."""
+
     def for_residual(self, residual: Tensor) -> LayerFeatures:
         """The same features on a residual's device, a whole encoder also in its dtype; itself if they are already."""
         device, sae = residual.device, self.sae
         if sae is not None:
             dtype = self.sae_dtype or residual.dtype
             if sae.W_enc.device != device or sae.W_enc.dtype != dtype:
-                sae = sae.copy_to(device, dtype)
+                sae = (self.stored or sae).copy_to(device, dtype)
         if self.W_SD.device == device and sae is self.sae:
             return self
         return LayerFeatures(
@@ -64,6 +67,7 @@ class LayerFeatures(NamedTuple):
             None if self.jump_S is None else self.jump_S.to(device),
             sae,
             self.sae_dtype,
+            self.stored or self.sae,
         )
 
 

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qscope_trl.errors import AttachError, ConfigError, PenaltySelfCheckError
+from qscope_trl.errors import AttachError, ConfigError, NonFiniteError, PenaltySelfCheckError
 from qscope_trl.hooks.layers import find_decoder, is_compiled
 from qscope_trl.hooks.residual import Capture, ResidualHook
+from qscope_trl.training.checks import finite_tokens, processes_with
 from qscope_trl.training.generations import (
     RolloutActivations,
     Rollouts,
@@ -167,6 +168,7 @@ class RolloutScoring:
             self._read_missing()
             self._listening.close()
             self.scores = self._collect()
+            self._refuse_nonfinite()
             known = tuple(self.readers.values())
             rows = [
                 {**row, ACTIVATIONS_KEY: scores, READERS_KEY: known}
@@ -242,7 +244,9 @@ class RolloutScoring:
             terms = PENALTIES[reader.kind](residual, chosen)
             values.append(terms.values_BTS)
             active.append(terms.active_BTS)
-            score.append(terms.penalty_BT.float())
+            # An inactive feature counts as 0 whatever the residual, so the score itself has to say it.
+            broken_BT = ~finite_tokens(residual, terms.values_BTS)
+            score.append(terms.penalty_BT.float().masked_fill(broken_BT, torch.nan))
             columns += [feature.id for feature in reader.features.for_layer(layer)]
         first = score[0].device
         order = [columns.index(feature) for feature in reader.features.ids]
@@ -347,6 +351,25 @@ class RolloutScoring:
             "`reader='frozen'` needs the model as it was before this training, and full fine-tuning with `beta=0` "
             "keeps none. Set `beta` above 0 (TRL then keeps a reference model), train with LoRA, or choose "
             "`reader='policy'`."
+        )
+
+    def _refuse_nonfinite(self) -> None:
+        """Stop on all processes if a rollout's activations are not finite on one: TRL takes NaN for no reward."""
+        rows = [
+            row
+            for row, found in enumerate(self.scores)
+            if not all(bool(read.score_C.isfinite().all()) for read in (found or {}).values())
+        ]
+        accelerator = self.trainer.accelerator
+        processes = processes_with(torch.tensor(bool(rows)), accelerator)
+        if not processes:
+            return
+        where = f" on process {processes[0]}" if accelerator.num_processes > 1 else ""
+        which = f" (rows {rows} here)" if rows else ""
+        raise NonFiniteError(
+            f"Step {self.trainer.state.global_step + 1}: the activations of rollouts{where} are NaN or "
+            f"infinite{which}, so their features cannot be rewarded. Look at the model's loss before it, and go "
+            f"back to a checkpoint."
         )
 
     def _collect(self) -> list[Mapping[str, RolloutActivations] | None]:

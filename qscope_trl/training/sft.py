@@ -21,6 +21,7 @@ from qscope_trl.training.launch import (
     load_both,
     load_features,
     open_suite,
+    own_checkpoints,
     refuse_unused_evaluation,
     train_and_save,
     trainer_kwargs,
@@ -99,12 +100,19 @@ def build_trainer(settings: SFTRun) -> Any:
         QScopeError: If features, SAEs, data and model do not fit together.
     """
     from qscope_trl.training.callback import SAEPenaltyCallback
+    from qscope_trl.training.opening import on_every_process
 
     trl: Any = importlib.import_module("trl")
-    features = load_features(settings.sae.sae_features or [])
-    monitors = load_features(settings.monitor.monitor_features) if settings.monitor.monitor_features else None
-    layers = sorted({*features.layers, *(monitors.layers if monitors else ())})
-    suite = open_suite(settings.sae, layers)
+    # The processes join here, so that a file that one of them lacks ends them all.
+    _ = settings.training.device
+
+    def open_files() -> tuple[FeatureSet, FeatureSet | None, Any]:
+        features = load_features(settings.sae.sae_features or [])
+        monitors = load_features(settings.monitor.monitor_features) if settings.monitor.monitor_features else None
+        layers = sorted({*features.layers, *(monitors.layers if monitors else ())})
+        return features, monitors, open_suite(settings.sae, layers)
+
+    features, monitors, suite = on_every_process(open_files)
     train, evaluation = load_data(settings, features)
     callback = SAEPenaltyCallback(suite, features, config=settings.penalty, monitor_features=monitors)
 
@@ -118,7 +126,7 @@ def build_trainer(settings: SFTRun) -> Any:
             args=args,
             train_dataset=train,
             eval_dataset=evaluation,
-            callbacks=[callback],
+            callbacks=[callback, own_checkpoints(args)],
             **extra,
         )
     except QScopeError:

@@ -96,7 +96,8 @@ def use_engine(engine: str, args: Any) -> None:
 def make_trainer(engine: str, model: Any, saes: str, folder: Path, settings: dict[str, Any], callbacks: list) -> Any:
     kind, is_grpo, is_lora = (settings.pop(name, None) for name in ("penalty_kind", "grpo", "lora"))
     if engine.startswith("zero"):
-        settings.update(learning_rate=1.0, max_steps=1)
+        settings.update(learning_rate=1.0, lr_scheduler_type="constant")
+        settings.setdefault("max_steps", 2 if "gradient_accumulation_steps" in settings else 1)
     if is_grpo:
         settings = {
             # Long enough that some rollouts end before it.

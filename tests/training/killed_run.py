@@ -4,8 +4,8 @@ python killed_run.py SAES OUTPUT KILL RESUME, also under torchrun
 
 KILL is `never`, or a place and a step: `step:3` as step 3 ends, `save_file:4` before the weights of checkpoint 4 are
 written, `half_weights:4`, `half_optimizer:4` and `half_random:4` when half of that file is on the disk, `state:4`
-before the trainer's state, `mark:4` before the mark. With two processes the second is the one that is killed, but for
-the parts that only the first writes.
+before the trainer's state, `mark:4` before the mark; `apart:0` resumes each process from another checkpoint. With two
+processes the second is the one that is killed, but for the parts that only the first writes.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from transformers import TrainerCallback, TrainerState
 
 from qscope_trl import last_complete_checkpoint
+from qscope_trl.errors import CheckpointError
 from qscope_trl.training import checkpoints
 from tests.training.harness import train
 from tests.training.penalty_harness import callback, make_trainer
@@ -90,7 +91,7 @@ def plan_kill(place: str, step: int) -> list[TrainerCallback]:
         write_mark = checkpoints.write_whole
 
         def write_whole(path: Path, text: str) -> None:
-            if here in str(path):
+            if here in str(path) and "files" in text:
                 die()
             write_mark(path, text)
 
@@ -102,13 +103,20 @@ def cut(path: Any) -> None:
     os.truncate(path, os.path.getsize(path) // 2)
 
 
-def run(saes: str, output: Path, resume: bool, extra: list[TrainerCallback] | None = None) -> Any:
+def run(saes: str, output: Path, resume: bool, extra: list[TrainerCallback] | None = None, apart: bool = False) -> Any:
     """Train to the end and write down how it ended."""
     penalty = callback(
         saes, monitor_features=["L3F9"], penalty_schedule="warmup_decay", penalty_schedule_steps=2, weight=0.5
     )
     trainer = make_trainer(output, [penalty, *(extra or [])], **SETTINGS)
     folder = last_complete_checkpoint(output) if resume else None
+    if apart:
+        rank = trainer.accelerator.process_index
+        try:
+            trainer.train(resume_from_checkpoint=str(output / f"checkpoint-{(2, 4)[rank]}"))
+        except CheckpointError as error:
+            (output / f"apart{rank}.txt").write_text(str(error))
+            raise
     if resume:
         trainer.train(resume_from_checkpoint=folder)
     else:
@@ -124,11 +132,11 @@ def main() -> None:
     saes, output, kill, resume = sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4] == "1"
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     extra: list[TrainerCallback] = []
-    if kill != "never":
+    if kill != "never" and not kill.startswith("apart"):
         place, step = kill.split(":")
         if world == 1 or rank == (1 if place in ("step", "half_random") else 0):
             extra = plan_kill(place, int(step))
-    trainer = run(saes, output, resume, extra)
+    trainer = run(saes, output, resume, extra, apart=kill.startswith("apart"))
     if world > 1:
         trainer.accelerator.wait_for_everyone()
         sys.stdout.flush()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import TrainerCallback
+from trl import SFTTrainer
 
 from qscope_trl import (
     CompleteCheckpoints,
@@ -27,7 +29,8 @@ from qscope_trl import (
     last_complete_checkpoint,
 )
 from qscope_trl.errors import CheckpointError
-from qscope_trl.training.checkpoints import MARK_FILE, find_fault
+from qscope_trl.training.checkpoints import MARK_FILE, UNFINISHED_FILE, find_fault
+from qscope_trl.training.metrics import STATE_FILE
 from tests.tiny import K, write_saes
 from tests.training import killed_run
 from tests.training.harness import train
@@ -89,10 +92,10 @@ def shorten(path: Path) -> None:
 
 
 DAMAGE = {
-    "no-mark": (lambda f: (f / MARK_FILE).unlink(), "its run marks whole checkpoints by `checkpoint_complete.json`"),
+    "unfinished": (lambda f: (f / MARK_FILE).rename(f / UNFINISHED_FILE), "it was not written to its end"),
     "no-state": (
         lambda f: [(f / n).unlink() for n in (MARK_FILE, "trainer_state.json")],
-        "no readable `trainer_state.json`",
+        "it has no whole `trainer_state.json`",
     ),
     "file-missing": (lambda f: (f / "optimizer.pt").unlink(), "`optimizer.pt` is missing"),
     "file-short": (lambda f: shorten(f / "model.safetensors"), r"`model.safetensors` has \d+ bytes instead of \d+"),
@@ -114,11 +117,11 @@ def test_the_trainers_own_choice_of_a_half_written_checkpoint_is_refused_before_
 ) -> None:
     """Without its optimizer, transformers would go on with a fresh one and say nothing."""
     saved_run(saes, tmp_path)
-    for name in (MARK_FILE, "optimizer.pt"):
-        (tmp_path / "checkpoint-4" / name).unlink()
+    (tmp_path / "checkpoint-4" / MARK_FILE).rename(tmp_path / "checkpoint-4" / UNFINISHED_FILE)
+    (tmp_path / "checkpoint-4" / "optimizer.pt").unlink()
     resumed = make_trainer(tmp_path, [callback(saes)], **SAVING)
     before = {name: p.detach().clone() for name, p in resumed.model.named_parameters()}
-    with pytest.raises(CheckpointError, match=r"checkpoint-4' cannot be resumed from: its run marks whole"):
+    with pytest.raises(CheckpointError, match=r"checkpoint-4' cannot be resumed from: it was not"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     loaded = dict(resumed.model.named_parameters())
     assert any(not torch.equal(p, before[name]) for name, p in loaded.items()), "it was not loaded at all"
@@ -131,12 +134,86 @@ def test_checkpoints_of_other_programs_are_let_through(tmp_path: Path) -> None:
     assert last_complete_checkpoint(tmp_path / "nothing") is None
 
 
+def test_a_mark_that_is_deleted_by_hand_lets_a_checkpoint_through(saes: Path, tmp_path: Path) -> None:
+    """Optimizers are deleted on purpose, to save space."""
+    saved_run(saes, tmp_path)
+    (tmp_path / "checkpoint-5" / "optimizer.pt").unlink()
+    assert "delete `checkpoint_complete.json` there" in str(find_fault(tmp_path / "checkpoint-5"))
+    (tmp_path / "checkpoint-5" / MARK_FILE).unlink()
+    assert find_fault(tmp_path / "checkpoint-5") is None
+
+
+def test_checkpoints_after_the_penalty_was_taken_off_are_let_through(saes: Path, tmp_path: Path) -> None:
+    cb = callback(saes)
+
+    class Detaches(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                cb.detach()
+
+    trainer = make_trainer(tmp_path, [cb, Detaches()], **SAVING)
+    train(trainer)
+    assert (tmp_path / "checkpoint-2" / MARK_FILE).is_file()
+    assert not (tmp_path / "checkpoint-4" / MARK_FILE).is_file()
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
+    assert "_save_checkpoint" not in trainer.__dict__
+
+
+def test_a_checkpoint_is_uploaded_when_it_is_marked(
+    saes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploaded: dict[str, bool] = {}
+
+    def push(_trainer: Any, folder: str) -> None:
+        uploaded[Path(folder).name] = (Path(folder) / MARK_FILE).is_file() and find_fault(Path(folder)) is None
+
+    monkeypatch.setattr(SFTTrainer, "_push_from_checkpoint", push)
+    trainer = make_trainer(tmp_path, [callback(saes)], **SAVING)
+    trainer.args.push_to_hub = True
+    train(trainer)
+    assert uploaded == {"checkpoint-2": True, "checkpoint-4": True, "checkpoint-5": True}
+
+
+def test_another_output_folder_of_the_trainers_is_marked_too(saes: Path, tmp_path: Path) -> None:
+    """As in a hyperparameter search."""
+    trainer = make_trainer(tmp_path, [callback(saes)], **SAVING)
+    trainer._get_output_dir = lambda trial: str(tmp_path / "run-0")
+    train(trainer)
+    assert last_complete_checkpoint(tmp_path / "run-0") == str(tmp_path / "run-0" / "checkpoint-5")
+    assert (tmp_path / "run-0" / "checkpoint-5" / STATE_FILE).is_file()
+    assert last_complete_checkpoint(tmp_path) is None
+
+
+def test_files_of_ours_can_be_read_by_whoever_can_read_the_trainers(saes: Path, tmp_path: Path) -> None:
+    saved_run(saes, tmp_path)
+    folder = tmp_path / "checkpoint-5"
+    modes = {(folder / name).stat().st_mode for name in (MARK_FILE, STATE_FILE, "trainer_state.json")}
+    assert len(modes) == 1
+
+
+def test_a_path_object_is_resumed_from_and_from_another_folder(saes: Path, tmp_path: Path) -> None:
+    saved_run(saes, tmp_path / "first")
+    resumed = make_trainer(tmp_path / "second", [callback(saes)], **SAVING)
+    resumed.train(resume_from_checkpoint=tmp_path / "first" / "checkpoint-4")
+    assert resumed.state.global_step == 5
+
+
 @pytest.mark.parametrize(("limit", "left"), [(1, [5]), (2, [4, 5]), (None, [2, 4, 5])])
 def test_older_checkpoints_are_deleted_after_the_new_one_is_whole(
     limit: int | None, left: list[int], tmp_path: Path
 ) -> None:
     train(make_trainer(tmp_path, [CompleteCheckpoints(limit)], **SAVING))
     assert sorted(int(f.name.split("-")[1]) for f in tmp_path.glob("checkpoint-*")) == left
+
+
+def test_half_written_and_older_runs_checkpoints_do_not_push_whole_ones_out(saes: Path, tmp_path: Path) -> None:
+    first = {**SAVING, "max_steps": 6}
+    train(make_trainer(tmp_path, [CompleteCheckpoints()], **first))
+    (tmp_path / "checkpoint-6" / MARK_FILE).rename(tmp_path / "checkpoint-6" / UNFINISHED_FILE)
+    # A second run in the same folder, which saves under lower numbers.
+    train(make_trainer(tmp_path, [CompleteCheckpoints(2)], **{**SAVING, "max_steps": 3, "save_steps": 3}))
+    assert sorted(f.name for f in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4", "checkpoint-6"]
+    assert find_fault(tmp_path / "checkpoint-3") is None
 
 
 def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:
@@ -210,6 +287,21 @@ def undisturbed(saes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.pinned
+def test_a_checkpoint_that_is_written_over_is_unfinished_from_its_first_byte(
+    undisturbed: Path, saes: Path, tmp_path: Path
+) -> None:
+    """A second run in the same folder; the files it had not reached yet are the first run's, of the same size."""
+    end_in_this_process(saes, tmp_path, False)
+    shutil.rmtree(tmp_path / "checkpoint-5")
+    (tmp_path / "weights.pt").unlink()
+    assert run_killable(saes, tmp_path, "state:4", False) == -signal.SIGKILL
+    assert find_fault(tmp_path / "checkpoint-4") is not None
+    end_in_this_process(saes, tmp_path, True)
+    assert json.loads((tmp_path / "resumed.json").read_text()) == str(tmp_path / "checkpoint-2")
+    assert_same_end(tmp_path, undisturbed)
+
+
+@pytest.mark.pinned
 @pytest.mark.parametrize("name", KILLS)
 def test_a_run_killed_anywhere_ends_as_one_that_was_not(
     name: str, undisturbed: Path, saes: Path, tmp_path: Path
@@ -220,6 +312,15 @@ def test_a_run_killed_anywhere_ends_as_one_that_was_not(
     end_in_this_process(saes, tmp_path, True)
     assert json.loads((tmp_path / "resumed.json").read_text()) == str(tmp_path / f"checkpoint-{goes_on_from}")
     assert_same_end(tmp_path, undisturbed)
+
+
+@pytest.mark.distributed
+def test_processes_that_resume_from_different_checkpoints_are_all_stopped(saes: Path, tmp_path: Path) -> None:
+    run_killable(saes, tmp_path, "never", False, processes=2)
+    assert run_killable(saes, tmp_path, "apart:0", True, processes=2) != 0
+    for rank in range(2):
+        message = (tmp_path / f"apart{rank}.txt").read_text()
+        assert message.startswith("The processes go on from different steps: 2, 4, by process.")
 
 
 @pytest.mark.distributed

@@ -10,12 +10,13 @@ import pytest
 import torch
 from transformers import Trainer
 
-from qscope_trl import PenaltyAttachment, QScopeWarning
+from qscope_trl import FeatureReward, PenaltyAttachment, QScopeWarning, SAEGRPOTrainer
 from qscope_trl.errors import ConfigError, NonFiniteError
 from qscope_trl.hooks.residual import Capture
 from tests.tiny import D_MODEL, K, tiny_model, write_saes
 from tests.training.harness import train
 from tests.training.penalty_harness import NAMES, callback, hook_count, plain_trainer, sae_callbacks
+from tests.training.rollout_harness import grpo_trainer, parity
 
 BROKEN = 7
 """A token whose embedding is not finite."""
@@ -44,11 +45,13 @@ def rows(*broken: int) -> list[dict[str, list[int]]]:
     return found
 
 
-def make(saes: Path, tmp_path: Path, *broken: int, value: float = float("nan"), **settings: Any) -> Any:
+def make(
+    saes: Path, tmp_path: Path, *broken: int, value: float = float("nan"), features: Any = NAMES, **settings: Any
+) -> Any:
     model = tiny_model()
     with torch.no_grad():
         model.get_input_embeddings().weight[BROKEN] = value
-    cb = callback(saes, monitor_features=["L3F9"], **settings)
+    cb = callback(saes, features, monitor_features=["L3F9"], **settings)
     trainer = plain_trainer(
         RowsApart, tmp_path, cb, model, gradient_accumulation_steps=2, learning_rate=0.1, max_steps=2,
         lr_scheduler_type="constant",
@@ -58,9 +61,11 @@ def make(saes: Path, tmp_path: Path, *broken: int, value: float = float("nan"), 
     return trainer
 
 
+@pytest.mark.parametrize("kind", ["preact_hinge", "topk_act"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_the_step_is_not_made_and_the_batch_is_named(saes: Path, tmp_path: Path, value: float) -> None:
-    trainer = make(saes, tmp_path, 6, value=value)
+def test_the_step_is_not_made_and_the_batch_is_named(saes: Path, tmp_path: Path, value: float, kind: str) -> None:
+    """Also where no feature with an index below k is chosen: ties of NaN are ranked by index."""
+    trainer = make(saes, tmp_path, 6, value=value, penalty_kind=kind, features=["L1F30", "L2F40"])
     weights: list[dict[str, torch.Tensor]] = []
     step = trainer.training_step
 
@@ -146,3 +151,15 @@ def test_an_evaluation_shows_nan_as_nan(saes: Path, tmp_path: Path) -> None:
 def test_an_unknown_action_is_refused(saes: Path) -> None:
     with pytest.raises(ConfigError, match="`penalty_nonfinite` is 'ignore'; choose one of raise, skip"):
         callback(saes, penalty_nonfinite="ignore")
+
+
+@pytest.mark.parametrize("kind", ["preact_hinge", "topk_act"])
+def test_rollouts_with_nan_activations_are_refused_rather_than_rewarded(saes: Path, tmp_path: Path, kind: str) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.fill_(float("nan"))
+    chosen = FeatureReward(["L1F30", "L2F40"], saes, sae_k=K, reader="policy", kind=kind)
+    trainer = grpo_trainer(tmp_path, [parity, chosen], kind=SAEGRPOTrainer, model=model, top_k=1)
+    trainer.generation_config.do_sample = False
+    with pytest.raises(NonFiniteError, match=r"Step 1: the activations of rollouts are NaN or infinite \(rows \[0"):
+        train(trainer)

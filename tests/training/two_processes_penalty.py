@@ -32,14 +32,14 @@ def main() -> None:
     }  # fmt: skip
     local: list[torch.Tensor] = []
     cb = callback(saes, monitor_features=["L3F9"])
-    original = cb.on_save
+    original = cb.attachment.metrics.state_dict
 
-    def on_save(args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 2:
+    def state_dict(trainer: Any) -> Any:
+        if trainer.state.global_step == 2:
             local.append(cb.attachment.metrics.statistics["train"][0]._sums.clone())
-        original(args, state, control, **kwargs)
+        return original(trainer)
 
-    cb.on_save = on_save
+    cb.attachment.metrics.state_dict = state_dict
     whole = make_trainer(Path(output), [cb], **settings)
     train(whole)
     state = json.loads((Path(output) / "checkpoint-2" / STATE_FILE).read_text())

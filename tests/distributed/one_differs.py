@@ -1,9 +1,10 @@
-"""Run by `test_opening.py` under torchrun: every process builds a trainer whose SAEs are to be opened.
+"""Run by `test_one_differs.py` under torchrun: one process of two has something that the other has not.
 
-python -m torch.distributed.run --nproc_per_node 2 open_saes.py CASE SAES OUTPUT
+python -m torch.distributed.run --nproc_per_node 2 one_differs.py CASE SAES OUTPUT
 
 CASE `missing`: the second process's folder lacks a layer. CASE `hub`: a Hub whose downloads take a second and are
-written down. Each process writes what became of it to `rank{rank}.json`.
+written down. CASE `nan`: activations of the second process are NaN. Each process writes what became of it to
+`rank{rank}.json`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from qscope_trl import SAEPenaltyCallback
-from qscope_trl.errors import CheckpointError
+from qscope_trl.errors import CheckpointError, NonFiniteError
 from qscope_trl.sae import sources
 from tests.tiny import K
 from tests.training.harness import train
@@ -63,9 +64,11 @@ def main() -> None:
     start = time.time()
     try:
         trainer = make_trainer(output, [SAEPenaltyCallback(source, ["L1F3", "L2F40"], 0.5, sae_k=K)], max_steps=1)
+        if case == "nan" and rank == 1:
+            trainer.model.model.layers[1].register_forward_hook(lambda *given: given[2] * float("nan"))
         train(trainer)
         found["trained"] = trainer.state.global_step
-    except CheckpointError as error:
+    except (CheckpointError, NonFiniteError) as error:
         found["error"] = str(error)
     found.update(seconds=time.time() - start, downloads=hub.downloads)
     (output / f"rank{rank}.json").write_text(json.dumps(found))
