@@ -110,9 +110,9 @@ def _plan(argv: list[str]) -> int:
 
     plan = run.run(options, overrides)
     better = suggestions.suggest(plan, options, overrides)
+    sys.stdout.write(show.format_plan(plan, better))
     if options.json:
         show.write_json(plan, better, options.json)
-    sys.stdout.write(show.format_plan(plan, better))
     return 0
 
 

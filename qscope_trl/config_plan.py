@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -52,8 +53,8 @@ class PlanConfig:
         ):
             if value is not None and value < 1:
                 raise ConfigError(f"`{name}` is {value}; it is 1 or more.")
-        if not self.gpu_memory > 0:
-            raise ConfigError(f"`gpu_memory` is {self.gpu_memory!r}; it is a number of GiB above 0.")
+        if not (self.gpu_memory > 0 and math.isfinite(self.gpu_memory * 2**30)):
+            raise ConfigError(f"`gpu_memory` is {self.gpu_memory!r}; it is a number of GiB above 0, such as 80.")
         if self.layers is not None:
             self.layer_list()
 

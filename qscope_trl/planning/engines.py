@@ -72,43 +72,43 @@ def read_engine(path: str | None, num_processes: int | None) -> Engine:
         number = num_processes or 1
         return Engine("single" if number == 1 else "ddp", number)
     data = _read(Path(path))
-    kind = str(data.get("distributed_type", "NO"))
-    number = num_processes or int(data.get("num_processes") or 1)
-    if kind == "NO":
-        return Engine("single" if number == 1 else "ddp", number)
-    if kind == "MULTI_GPU":
+    kind = str(data.get("distributed_type") or "NO")  # YAML reads a bare NO as false
+    number = num_processes or _processes(path, data.get("num_processes"))
+    if kind in ("NO", "MULTI_GPU"):
         return Engine("single" if number == 1 else "ddp", number)
     if kind == "FSDP":
-        return _fsdp(path, data.get("fsdp_config") or {}, number)
+        return _fsdp(path, _section(path, data, "fsdp_config"), number)
     if kind == "DEEPSPEED":
-        return _deepspeed(path, data.get("deepspeed_config") or {}, number)
+        return _deepspeed(path, _section(path, data, "deepspeed_config"), number)
     raise ConfigError(
         f"`distributed_type` in '{path}' is {kind!r}, which is not planned. Planned: NO, MULTI_GPU, FSDP, DEEPSPEED."
     )
 
 
 def _fsdp(path: str, settings: dict[str, Any], number: int) -> Engine:
-    version = int(settings.get("fsdp_version") or 1)
-    if version != 2:
+    version = settings.get("fsdp_version") or 1
+    if str(version) != "2":
         raise ConfigError(
             f"`fsdp_version` in '{path}' is {version}, and only FSDP2 is planned. Set `fsdp_version: 2`; "
             f"`accelerate to-fsdp2` converts a file."
         )
+    offloads = _switch(path, settings, "fsdp_offload_params", default=False)
     return Engine(
         "fsdp2",
         number,
-        reshards=str(settings.get("fsdp_reshard_after_forward", True)).lower() not in ("false", "no_shard"),
-        offloads_optimizer=bool(settings.get("fsdp_offload_params")),
-        offloads_weights=bool(settings.get("fsdp_offload_params")),
-        checkpoints=bool(settings.get("fsdp_activation_checkpointing")),
+        reshards=_switch(path, settings, "fsdp_reshard_after_forward", default=True),
+        offloads_optimizer=offloads,
+        offloads_weights=offloads,
+        checkpoints=_switch(path, settings, "fsdp_activation_checkpointing", default=False),
     )
 
 
 def _deepspeed(path: str, settings: dict[str, Any], number: int) -> Engine:
-    stage = settings.get("zero_stage")
-    if stage not in (1, 2, 3):
+    value = settings.get("zero_stage")
+    stage = str(value)
+    if stage not in ("1", "2", "3"):
         raise ConfigError(
-            f"`zero_stage` in '{path}' is {stage!r}; 1, 2 and 3 are planned. A DeepSpeed JSON file is not read: write "
+            f"`zero_stage` in '{path}' is {value!r}; 1, 2 and 3 are planned. A DeepSpeed JSON file is not read: write "
             f"`zero_stage` into the YAML."
         )
 
@@ -119,8 +119,38 @@ def _deepspeed(path: str, settings: dict[str, Any], number: int) -> Engine:
         f"zero{stage}",
         number,
         offloads_optimizer=offloads("offload_optimizer_device"),
-        offloads_weights=stage == 3 and offloads("offload_param_device"),
+        offloads_weights=stage == "3" and offloads("offload_param_device"),
     )
+
+
+def _processes(path: str, value: Any) -> int:
+    if value is None:
+        return 1
+    text = str(value)
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(
+            f"`num_processes` in '{path}' is {value!r}; it is a whole number, 1 or more. `--num_processes` "
+            f"overrides it."
+        )
+    return int(text)
+
+
+def _section(path: str, data: dict[str, Any], name: str) -> dict[str, Any]:
+    section = data.get(name) or {}
+    if not isinstance(section, dict):
+        raise ConfigError(f"`{name}` in '{path}' is {section!r}; it is a mapping, as `accelerate config` writes it.")
+    return section
+
+
+def _switch(path: str, settings: dict[str, Any], name: str, *, default: bool) -> bool:
+    """A boolean, also one in quotes; the words are those of accelerate's `str_to_bool`."""
+    value = settings.get(name)
+    text = str(default if value is None else value).lower()
+    if text in ("y", "yes", "t", "true", "on", "1"):
+        return True
+    if text in ("n", "no", "f", "false", "off", "0"):
+        return False
+    raise ConfigError(f"`{name}` in '{path}' is {value!r}; it is true or false.")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -45,14 +45,13 @@ def cache_bytes(config: Any, rows: int, tokens: int, itemsize: int) -> int:
 def rollout_moments(
     model: Any, facts: ModelFacts, engine: Engine, kept: States, traces: Traces, loss: Scratch, scoring: Scratch,
     args: Any, *, batch: int, prompt: int, itemsize: int, layers_read: int, resident: int, reference: int,
-    gpu_memory: float,
 ) -> list[Moment]:  # fmt: skip
     """Generation, and the forwards over whole rollouts that follow it.
 
     Args:
         model: The model.
         facts: Its parameters.
-        engine: ZeRO-3 gathers the whole model to generate; FSDP2 layer by layer.
+        engine: ZeRO-3 gathers the whole model to generate, and to merge adapters for vLLM; FSDP2 layer by layer.
         kept: From `memory.states`.
         traces: Of one micro-batch of prompts and completions.
         loss: Of the training step; without gradient its forward is what remains.
@@ -64,7 +63,6 @@ def rollout_moments(
         layers_read: Layers whose residuals are captured.
         resident: Bytes of rows and encoders.
         reference: Bytes of a reference model.
-        gpu_memory: Of one GPU in GiB, for vLLM's share.
     """
     rows = batch * args.steps_per_generation
     length = prompt + args.max_completion_length
@@ -100,18 +98,45 @@ def rollout_moments(
             },
         )
     )
+    whole = itemsize * facts.num_parameters
     if getattr(args, "use_vllm", False):
-        share = args.vllm_gpu_memory_utilization if args.vllm_mode == "colocate" else 0.0
-        taken = int(share * gpu_memory * 2**30)
-        return [m._replace(parts={**m.parts, "generation": taken}) for m in found]
+        gathers = engine.name == "zero3" and hasattr(model, "peft_config")
+        gathered = max(kept.gathered, whole) if gathers else kept.gathered
+        return [*found, Moment("generation", {**base, "communication": kept.buckets + gathered})]
     cache = cache_bytes(text_config(model), rows, length, itemsize)
     # A layer's cache is copied when it grows by a token.
     grown = cache // max(1, len(facts.layers))
     gathered = kept.gathered
     if engine.name == "zero3" and getattr(args, "ds3_gather_for_generation", True):
-        gathered = itemsize * facts.num_parameters
+        gathered = whole
     prefill = max(t.inference_peak for t in traces.layers) * rows * prompt // max(1, batch * length)
     sampled = _SAMPLED_COPIES * 4 * rows * facts.vocab_size
     generation = {**base, "communication": kept.buckets + gathered, "generation": cache + grown + sampled}
     generation["activations"] = prefill + 2 * rows * prompt * facts.d_model * itemsize
     return [*found, Moment("generation", generation)]
+
+
+def add_vllm(moments: list[Moment], args: Any, gpu_memory: float) -> tuple[list[Moment], int]:
+    """Add vLLM's share of the GPU where it runs in the training processes.
+
+    It takes its share at the start and keeps it, through the training step too. With `vllm_enable_sleep_mode` it gives
+    weights and cache back after each generation.
+
+    Args:
+        moments: Of steps and rollouts.
+        args: `trl.GRPOConfig`.
+        gpu_memory: Of one GPU in GiB.
+
+    Returns:
+        The moments, and the bytes that vLLM holds all the time.
+    """
+    if not getattr(args, "use_vllm", False) or args.vllm_mode != "colocate":
+        return moments, 0
+    share = int(args.vllm_gpu_memory_utilization * gpu_memory * 2**30)
+    sleeps = getattr(args, "vllm_enable_sleep_mode", False)
+    found = [
+        moment if sleeps and moment.name != "generation" else
+        moment._replace(parts={**moment.parts, "generation": share})
+        for moment in moments
+    ]  # fmt: skip
+    return found, 0 if sleeps else share

@@ -1,26 +1,19 @@
 """`qscope plan`: from a training configuration to the memory it needs on each GPU, before anything is downloaded.
 
-The configuration is parsed by the command it is for, so it is refused here if it would be there; flags that are not
-`plan`'s own override it, as they do there. Left out: the host's memory, and the moment in which weights are loaded.
+The configuration is parsed by the command it is for, so it is refused here if it would be there. Left out: the host's
+memory, and the moment in which weights are loaded.
 """
 
 from __future__ import annotations
 
 import importlib
-import logging
-import warnings
 from collections.abc import Sequence
-from contextlib import contextmanager
-from dataclasses import fields
-from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qscope_trl.config_plan import PlanConfig
-from qscope_trl.config_rollouts import RewardConfig, RolloutConfig
 from qscope_trl.errors import ConfigError
 from qscope_trl.hooks.layers import find_layers, text_config
 from qscope_trl.planning.engines import Engine, read_engine
@@ -37,10 +30,10 @@ from qscope_trl.planning.memory import (
     whole_logits_loss,
 )
 from qscope_trl.planning.model import ModelFacts, build_model, count, largest_linear
-from qscope_trl.planning.rollouts import rollout_moments
+from qscope_trl.planning.rollouts import add_vllm, rollout_moments
 from qscope_trl.planning.saes import SAEFacts, chosen_layers, merged, penalty_scratch, sae_facts
+from qscope_trl.planning.settings import detect_method, quiet, refuse_engine_of_training, settings_of
 from qscope_trl.planning.trace import trace_layers, without_data
-from qscope_trl.training import grpo_run, sft
 
 CUDA_CONTEXT = 0.75 * 2**30
 """CUDA context, cuBLAS and NCCL workspaces of a process: an allowance, not computed."""
@@ -91,69 +84,11 @@ def run(options: PlanConfig, overrides: Sequence[str] = ()) -> Plan:
     Raises:
         QScopeError: If the configuration would be refused, or something needed for the plan is not known.
     """
+    engine = read_engine(options.accelerate_config, options.num_processes)
+    refuse_engine_of_training(options, overrides)
     method = detect_method(options, overrides)
-    try:
-        settings = settings_of(method, options, overrides)
-    except ConfigError as err:
-        _refuse_misspelt_own(overrides, err)
-        raise
-    return plan(settings, method, options, read_engine(options.accelerate_config, options.num_processes))
-
-
-def _refuse_misspelt_own(overrides: Sequence[str], err: ConfigError) -> None:
-    """A flag that the training command does not know may be a misspelt one of `plan`'s own."""
-    own = [f"--{item.name}" for item in fields(PlanConfig)]
-    for name in (word.split("=", 1)[0] for word in overrides if word.startswith("--")):
-        close = get_close_matches(name, own, n=1, cutoff=0.8)
-        if close and str(err).startswith(f"Unknown flag `{name}`"):
-            raise ConfigError(f"Unknown flag `{name}`. Did you mean `{close[0]}`?") from err
-
-
-def settings_of(method: str, options: PlanConfig, overrides: Sequence[str] = ()) -> Any:
-    """The training settings, parsed by the command they are for.
-
-    Raises:
-        ConfigError: If that command would refuse them.
-    """
-    module: Any = {"sft": sft, "grpo": grpo_run}[method]
-    # transformers refuses bf16 where there is no GPU; a plan for GPUs may be made anywhere.
-    anywhere = [] if torch.accelerator.is_available() else ["--use_cpu", "true"]
-    with _quiet():
-        return module.parse(["--config", options.config, *overrides, *anywhere])
-
-
-def detect_method(options: PlanConfig, overrides: Sequence[str] = ()) -> str:
-    """`sft` or `grpo`: as asked for, or by keys that only one of the two commands knows.
-
-    Raises:
-        ConfigError: If keys of both are there, or of neither.
-    """
-    if options.method is not None:
-        return options.method
-    trl: Any = importlib.import_module("trl")
-    known = {
-        "sft": {item.name for item in fields(trl.SFTConfig)} | {"penalty_group_column"},
-        "grpo": {item.name for kind in (trl.GRPOConfig, RewardConfig, RolloutConfig) for item in fields(kind)},
-    }
-    given = [
-        *_keys(options.config),
-        *(word[2:].split("=")[0].replace("-", "_") for word in overrides if word[:2] == "--"),
-    ]
-    only = {
-        name: [key for key in given if key in known[name] and key not in known[other]]
-        for name, other in (("sft", "grpo"), ("grpo", "sft"))
-    }
-    if bool(only["sft"]) is bool(only["grpo"]):
-        why = (
-            f"it has keys of both: `{only['sft'][0]}` is of SFT, `{only['grpo'][0]}` of GRPO"
-            if only["sft"]
-            else "none of its keys is of one of them alone"
-        )
-        raise ConfigError(
-            f"'{options.config}' may be for `qscope sft` or `qscope grpo`: {why}. Say which by `--method sft` or "
-            f"`--method grpo`."
-        )
-    return "sft" if only["sft"] else "grpo"
+    settings = settings_of(method, options, overrides, num_processes=engine.num_processes)
+    return plan(settings, method, options, engine)
 
 
 def plan(settings: Any, method: str, options: PlanConfig, engine: Engine) -> Plan:
@@ -191,7 +126,7 @@ def plan(settings: Any, method: str, options: PlanConfig, engine: Engine) -> Pla
         whole = needs_whole or scores_whole
         saes = sae_facts(sae, together, facts.d_model, len(facts.layers), whole=whole)
 
-    with _quiet(), FakeTensorMode():
+    with quiet(), FakeTensorMode():
         without_data(model, compute if precision.is_mixed and decides else None)
         if checkpoints:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -217,6 +152,7 @@ def plan(settings: Any, method: str, options: PlanConfig, engine: Engine) -> Pla
     if method == "grpo" and args.beta != 0 and not settings.model.use_peft:
         reference = sum(u.frozen_bytes + u.trainable_bytes for u in facts.units)
         reference //= engine.num_processes if engine.shards_weights else 1
+    vllm = 0
     moments = step_moments(
         facts, kept, traces, loss, _plus(scratch, scoring), accumulates=accumulates, reference=reference
     )
@@ -231,11 +167,12 @@ def plan(settings: Any, method: str, options: PlanConfig, engine: Engine) -> Pla
         moments += rollout_moments(
             model, facts, engine, kept, traces, loss, scoring, args,
             batch=batch, prompt=options.prompt_length, itemsize=dtype.itemsize, layers_read=len(rewarded),
-            resident=scratch.resident + whole_bytes, reference=reference, gpu_memory=options.gpu_memory,
+            resident=scratch.resident + whole_bytes, reference=reference,
         )  # fmt: skip
+        moments, vllm = add_vllm(moments, args, options.gpu_memory)
     notes = _notes(model, settings, engine, facts, padded)
     peak = max(moments, key=lambda moment: moment.total)
-    moving = peak.total - kept.weights - kept.optimizer
+    moving = peak.total - kept.weights - kept.optimizer - vllm
     return Plan(
         method=method,
         model=settings.model.model_name_or_path,
@@ -268,7 +205,7 @@ def _model(settings: Any, engine: Engine) -> Any:
     if (settings.model.load_in_4bit or settings.model.load_in_8bit) and not settings.model.use_peft:
         raise ConfigError("`load_in_4bit` and `load_in_8bit` train only adapters. Set `use_peft: true` too.")
     adapters = trl.get_peft_config(settings.model) if settings.model.use_peft else None
-    with _quiet():
+    with quiet():
         return build_model(settings.model, settings.training, engine, adapters)
 
 
@@ -278,6 +215,11 @@ def _precision(args: Any) -> Precision:
 
 def _length(args: Any, method: str, options: PlanConfig) -> int:
     if method == "grpo":
+        if args.max_completion_length is None:
+            raise ConfigError(
+                "`max_completion_length` is null, so completions are as long as the model makes them. Plan with the "
+                "longest one: `--max_completion_length 4096`."
+            )
         return int(options.prompt_length + args.max_completion_length)
     if args.max_length is None:
         raise ConfigError(
@@ -316,29 +258,6 @@ def _rewarded(settings: Any, options: PlanConfig) -> dict[int, int]:
 
 def _plus(first: Scratch, second: Scratch) -> Scratch:
     return first._replace(resident=first.resident + second.resident)
-
-
-def _keys(path: str) -> list[str]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            data = yaml.safe_load(file)
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
-        return []  # the parser says it better
-    return [str(key) for key in data] if isinstance(data, dict) else []
-
-
-@contextmanager
-def _quiet() -> Any:
-    """Building a model of no data gives advice that fits only real ones."""
-    logger = logging.getLogger("transformers")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(before)
 
 
 def _notes(model: Any, settings: Any, engine: Engine, facts: ModelFacts, padded: bool) -> list[str]:

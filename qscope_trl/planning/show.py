@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qscope_trl._version import __version__
+from qscope_trl.errors import ConfigError
 from qscope_trl.planning.memory import PARTS
 from qscope_trl.planning.run import CUDA_CONTEXT, FRAGMENTATION, Plan
 from qscope_trl.planning.suggestions import Suggestion
@@ -94,14 +95,26 @@ def as_dict(plan: Plan, suggestions: Sequence[Suggestion] = ()) -> dict[str, Any
 
 
 def write_json(plan: Plan, suggestions: Sequence[Suggestion], path: str) -> None:
-    """Write the plan to a file, under a temporary name first."""
-    target = Path(path)
+    """Write the plan to a file, under a temporary name first.
+
+    Raises:
+        ConfigError: If the file cannot be written.
+    """
+    try:
+        _write(Path(path), json.dumps(as_dict(plan, suggestions), indent=2) + "\n")
+    except OSError as err:
+        raise ConfigError(
+            f"The plan cannot be written to '{path}': {err.strerror}. Name a file in a folder that can be written to, "
+            f"by `--json`."
+        ) from err
+
+
+def _write(target: Path, text: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(as_dict(plan, suggestions), file, indent=2)
-            file.write("\n")
+            file.write(text)
         os.chmod(temporary, 0o644)
         os.replace(temporary, target)
     except BaseException:

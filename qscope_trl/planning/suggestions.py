@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from qscope_trl.config_plan import PlanConfig
 from qscope_trl.errors import QScopeError
 from qscope_trl.planning.engines import Engine, read_engine
-from qscope_trl.planning.run import Plan, plan, settings_of
+from qscope_trl.planning.run import Plan, plan
+from qscope_trl.planning.settings import settings_of
 
 _LEAST_GAIN = 0.02
 
@@ -38,10 +39,10 @@ def suggest(found: Plan, options: PlanConfig, overrides: Sequence[str] = (), *, 
     engine = read_engine(options.accelerate_config, options.num_processes)
     tried = []
     for flags, argv, other in _changes(found, engine):
+        on = other or engine
         try:
-            changed = plan(
-                settings_of(found.method, options, [*overrides, *argv]), found.method, options, other or engine
-            )
+            settings = settings_of(found.method, options, [*overrides, *argv], num_processes=on.num_processes)
+            changed = plan(settings, found.method, options, on)
         except QScopeError:
             continue
         if changed.total < (1 - _LEAST_GAIN) * found.total:
@@ -73,6 +74,8 @@ def _changes(found: Plan, engine: Engine) -> Iterator[tuple[str, list[str], Engi
             yield flag("optim", "adamw_8bit")
     elif not settings["quantised"] and engine.name in ("single", "ddp"):
         yield flag("load_in_4bit", "true")
+    if found.method == "grpo" and found.moments[0].parts["generation"]:
+        yield flag("vllm_enable_sleep_mode", "true")
     if found.saes is not None and found.saes.whole_encoders and found.method == "sft":
         yield flag("penalty_kind", "preact_hinge")
     if engine.name != "fsdp2":

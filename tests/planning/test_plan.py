@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,14 @@ import yaml
 from qscope_trl.cli import main
 from qscope_trl.config_plan import PlanConfig
 from qscope_trl.errors import ConfigError, FeatureSetError
-from qscope_trl.planning.engines import Engine, read_engine
+from qscope_trl.planning.engines import Engine
 from qscope_trl.planning.memory import Precision, states, whole_logits_loss
 from qscope_trl.planning.model import build_model, count
 from qscope_trl.planning.optimizers import Parameter, scratch_bytes, state_bytes
-from qscope_trl.planning.run import Plan, run
+from qscope_trl.planning.run import run
 from qscope_trl.planning.suggestions import suggest
 from tests.planning import backbone_plans
+from tests.planning.runs import backbone, planned, write
 from tests.test_config import OURS, THEIRS, names
 from tests.tiny import tiny_model, write_saes
 
@@ -29,43 +29,6 @@ PUBLISHED = {
     "qwen3-1.7b": 1.72, "qwen3-8b": 8.19, "qwen3-30b-a3b": 30.5, "qwen3.5-2b": 2.21, "qwen3.5-9b": 8.95 + 0.456,
     "qwen3.5-27b": 27.4, "qwen3.5-35b-a3b": 35.1,
 }  # fmt: skip
-
-
-def backbone(name: str, folder: Path) -> Path:
-    folder.mkdir(exist_ok=True)
-    shutil.copy(backbone_plans.FACTS / f"{name}.json", folder / "config.json")
-    return folder
-
-
-def write(folder: Path, model: Path, **changes: Any) -> str:
-    settings = {
-        "model_name_or_path": str(model),
-        "dtype": "bfloat16",
-        "dataset_name": "owner/data",
-        "sae_path": "Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50",
-        "sae_features": ["L20F1", "L20F2", "L21F3"],
-        "penalty_weight": 0.1,
-        "max_length": 512,
-        "per_device_train_batch_size": 1,
-        "output_dir": str(folder / "out"),
-        **changes,
-    }
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump({key: value for key, value in settings.items() if value is not None}))
-    return str(path)
-
-
-@pytest.fixture
-def small(tmp_path: Path) -> Path:
-    """Qwen3-1.7B with two layers more than the features' last one."""
-    folder = backbone("qwen3-1.7b", tmp_path / "model")
-    file = folder / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "num_hidden_layers": 23}))
-    return folder
-
-
-def planned(folder: Path, model: Path, *overrides: str, options: dict[str, Any] | None = None, **changes: Any) -> Plan:
-    return run(PlanConfig(config=write(folder, model, **changes), **(options or {})), overrides)
 
 
 # --- counts ----------------------------------------------------------------------------------------------------------
@@ -113,40 +76,6 @@ def test_quantised_weights_take_half_a_byte_and_their_scales(tmp_path: Path, sma
 
 
 # --- engines ---------------------------------------------------------------------------------------------------------
-
-
-def test_engines_are_read_from_accelerates_yaml(tmp_path: Path) -> None:
-    folder = backbone_plans.ROOT / "configs" / "accelerate"
-    assert read_engine(str(folder / "ddp.yaml"), None) == Engine("ddp", 2)
-    assert read_engine(str(folder / "ddp.yaml"), 1) == Engine("single", 1)
-    assert read_engine(None, None) == Engine("single", 1)
-    assert read_engine(None, 4) == Engine("ddp", 4)
-    file = tmp_path / "a.yaml"
-    settings = "{fsdp_version: 2, fsdp_offload_params: true}"
-    file.write_text(f"distributed_type: FSDP\nnum_processes: 4\nfsdp_config: {settings}")
-    assert read_engine(str(file), 8)[:2] == ("fsdp2", 8)
-    assert read_engine(str(file), 8).offloads_weights
-    file.write_text("distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 3, offload_optimizer_device: cpu}")
-    assert read_engine(str(file), 2) == Engine("zero3", 2, offloads_optimizer=True)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (None, "No accelerate configuration at '.*'. Examples are in `configs/accelerate/`"),
-        ("a: [", "is not YAML"),
-        ("- 1", "holds a list, not a mapping as `accelerate config` writes it"),
-        ("distributed_type: MEGATRON_LM", "`distributed_type` in '.*' is 'MEGATRON_LM', which is not planned"),
-        ("distributed_type: FSDP", "`fsdp_version` in '.*' is 1, and only FSDP2 is planned"),
-        ("distributed_type: DEEPSPEED", "`zero_stage` in '.*' is None; 1, 2 and 3 are planned"),
-    ],
-)
-def test_engines_that_are_not_planned_are_refused(text: str | None, message: str, tmp_path: Path) -> None:
-    file = tmp_path / "a.yaml"
-    if text is not None:
-        file.write_text(text)
-    with pytest.raises(ConfigError, match=message):
-        read_engine(str(file), None)
 
 
 @pytest.mark.parametrize(
@@ -243,6 +172,47 @@ def test_grpo_keeps_a_reference_model_only_for_full_training_with_beta(tmp_path:
     assert generation.parts["generation"] > rows * tokens * 23 * 2 * 8 * 128 * 2
 
 
+@pytest.mark.parametrize(
+    ("changes", "in_steps", "in_generation"),
+    [
+        ({"vllm_mode": "colocate"}, 0.5, 0.5),
+        ({"vllm_mode": "colocate", "vllm_enable_sleep_mode": True}, 0.0, 0.5),
+        ({"vllm_mode": "server"}, 0.0, 0.0),
+    ],
+    ids=["resident", "sleeping", "elsewhere"],
+)
+def test_vllm_keeps_its_share_through_the_step_unless_it_sleeps(
+    changes: dict[str, Any], in_steps: float, in_generation: float, tmp_path: Path, small: Path
+) -> None:
+    grpo = {"max_length": None, "sae_features": None, "penalty_weight": None, "num_generations": 2}
+    grpo |= {"reward_functions": ["m.f"], "max_completion_length": 128, "per_device_train_batch_size": 2}
+    options = {"gpu_memory": 40.0}
+    found = planned(
+        tmp_path, small, use_vllm=True, vllm_gpu_memory_utilization=0.5, options=options, **changes, **grpo
+    )
+    share = {moment.name: moment.parts["generation"] / (40 * GIB) for moment in found.moments}
+    assert share.pop("generation") == in_generation
+    assert set(share.values()) == {in_steps}
+    assert {"optimizer step", "backward of layer 0", "forward over rollouts"} <= set(share)
+    if in_steps:
+        # What is there all the time is lost to no other block, so the margin is that of a run without it.
+        without = planned(tmp_path, small, options=options, **{**grpo, "use_vllm": True, "vllm_mode": "server"})
+        assert found.margin == without.margin
+        assert found.total == without.total + 20 * GIB
+
+
+def test_a_resident_vllm_is_suggested_to_sleep(tmp_path: Path, small: Path) -> None:
+    grpo = {"max_length": None, "sae_features": None, "penalty_weight": None, "num_generations": 2}
+    grpo |= {"reward_functions": ["m.f"], "max_completion_length": 128, "per_device_train_batch_size": 2}
+    path = write(tmp_path, small, use_vllm=True, vllm_mode="colocate", vllm_gpu_memory_utilization=0.8, **grpo)
+    options = PlanConfig(config=path, gpu_memory=16)
+    found = {item.flags: item.total for item in suggest(run(options), options, most=9)}
+    sleeping = ["--vllm_enable_sleep_mode", "true"]
+    assert found[" ".join(sleeping)] == run(options, sleeping).total
+    again = suggest(run(options, sleeping), options, sleeping, most=9)
+    assert " ".join(sleeping) not in {item.flags for item in again}
+
+
 def test_features_come_from_names_a_file_or_flags(tmp_path: Path, small: Path) -> None:
     named = planned(tmp_path, small)
     assert named.saes is not None
@@ -326,8 +296,13 @@ def test_the_command_shows_a_table_and_writes_json(
     shown = capsys.readouterr().out
     assert "of 4: does not fit" in shown
     assert "What would help most:\n  " in shown
-    assert main(["plan", "--config", str(tmp_path / "none.yaml"), "--method", "sft"]) == 2
-    assert "error: No configuration file at" in capsys.readouterr().err
+    for target in (tmp_path / "run.yaml" / "plan.json", tmp_path / "plans"):
+        # The plan is shown all the same.
+        assert main(["plan", "--config", path, "--json", str(target)]) == 2
+        shown = capsys.readouterr()
+        assert "of 80: fits" in shown.out
+        assert f"error: The plan cannot be written to '{target}': " in shown.err
+    assert [file.name for file in (tmp_path / "plans").iterdir()] == ["plan.json"]
 
 
 @pytest.mark.parametrize(
@@ -338,6 +313,8 @@ def test_the_command_shows_a_table_and_writes_json(
         ({"num_features": 0}, "`num_features` is 0"),
         ({"prompt_length": 0}, "`prompt_length` is 0"),
         ({"gpu_memory": 0.0}, "`gpu_memory` is 0.0; it is a number of GiB above 0"),
+        ({"gpu_memory": float("inf")}, "`gpu_memory` is inf; it is a number of GiB above 0"),
+        ({"gpu_memory": float("nan")}, "`gpu_memory` is nan; it is a number of GiB above 0"),
         ({"layers": "3-1"}, "`layers` is '3-1'; write it as `26,27` or `20-27`"),
     ],
 )
@@ -367,6 +344,12 @@ def test_headers_of_the_backbones_configurations_say_what_plan_says(
     assert launch[launch.index("--config_file") + 1] == command[command.index("--accelerate_config") + 1]
     assert launch[launch.index("--num_processes") + 1] == command[command.index("--num_processes") + 1]
     assert launch[-1] == command[command.index("--config") + 1] == f"configs/backbones/{config.name}"
+
+
+@pytest.mark.parametrize("config", backbone_plans.CONFIGS, ids=lambda path: path.stem)
+def test_warmup_is_in_whole_steps(config: Path) -> None:
+    # transformers 4 takes no share of the steps here.
+    assert type(yaml.safe_load(config.read_text())["warmup_steps"]) is int
 
 
 def test_every_released_backbone_has_a_configuration() -> None:
