@@ -301,8 +301,14 @@ def test_a_checkpoint_that_is_written_over_is_unfinished_from_its_first_byte(
     assert_same_end(tmp_path, undisturbed)
 
 
+# The others cost a start each: `python -m pytest tests/training/test_checkpoints.py -m slow`.
+IN_EVERY_RUN = ("between-checkpoints", "inside-the-weights", "inside-the-optimizer", "before-the-mark")
+
+
 @pytest.mark.pinned
-@pytest.mark.parametrize("name", KILLS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in IN_EVERY_RUN else pytest.mark.slow) for name in KILLS]
+)
 def test_a_run_killed_anywhere_ends_as_one_that_was_not(
     name: str, undisturbed: Path, saes: Path, tmp_path: Path
 ) -> None:
