@@ -305,7 +305,9 @@ def test_accelerate_launch_runs_the_shipped_grpo_configuration_with_two_processe
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("engine", "name"), [("fsdp2", "FSDP"), ("zero3", "DeepSpeed")])
+@pytest.mark.parametrize(
+    ("engine", "name"), [pytest.param("fsdp2", "FSDP", marks=pytest.mark.slow), ("zero3", "DeepSpeed")]
+)
 def test_an_engine_that_the_cpu_does_not_have_is_said_to_be_ddp(
     engine: str, name: str, assets: Path, tmp_path: Path
 ) -> None:

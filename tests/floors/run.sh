@@ -19,7 +19,7 @@ for name in "${names[@]}"; do
   "$work/$name/bin/python" -c "import transformers, trl, torch; print(transformers.__version__, trl.__version__, torch.__version__)"
   # The oldest has the most differences and runs all; what lies between, the equality table.
   paths=(tests/training tests/hooks)
-  [ "$name" = oldest ] || paths=(tests/training/test_equality*.py tests/training/test_attach.py tests/hooks)
+  [ "$name" = oldest ] || paths=(tests/training/test_equality.py tests/training/test_equality_grpo.py tests/hooks)
   "$work/$name/bin/python" -m pytest -q -n auto -p no:cacheprovider \
     -m "not slow and not pinned and not distributed" "${paths[@]}"
 done

@@ -40,7 +40,9 @@ def launch(tmp_path: Path, kind: str, cutoff: float = 0.0, script: str = "two_pr
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("kind", ["amplify_negative", "screen", "steered_negative", "penalise"])
+@pytest.mark.parametrize(
+    "kind", ["amplify_negative", pytest.param("screen", marks=pytest.mark.slow), "steered_negative", "penalise"]
+)
 def test_a_group_over_two_processes_is_one_group(kind: str, tmp_path: Path) -> None:
     if kind == "screen" and Version(trl.__version__) < Version("1.7"):
         pytest.skip("counts a missing reward as 0")
