@@ -213,7 +213,10 @@ GRPO: dict[str, Any] = {
 
 @pytest.mark.parametrize(
     ("kind", "changes"),
-    [("dense", {"beta": 0.1}), pytest.param("hybrid", {"beta": 0.0, **LORA}, marks=pytest.mark.slow)],
+    [
+        pytest.param("dense", {"beta": 0.1}, marks=pytest.mark.slow),
+        pytest.param("hybrid", {"beta": 0.0, **LORA}, marks=pytest.mark.slow),
+    ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_the_plan_of_grpo_is_what_rollouts_and_steps_take(kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
