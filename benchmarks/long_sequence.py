@@ -73,8 +73,10 @@ def main() -> None:
     parser.add_argument("--memory-of", default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:
-        variants = build(options.tokens)
-        variants[options.memory_of]()
+        # The libraries' own memory, which the first matrix product of each kind takes, is in every variant's peak.
+        for variant in build(16).values():
+            variant()
+        build(options.tokens)[options.memory_of]()
         report_peak()
         return
     variants = build(options.tokens)

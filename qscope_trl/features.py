@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import yaml
 
 from qscope_trl.errors import FeatureSetError
+from qscope_trl.files import write_whole
 
 FORMAT_VERSION = 1
 _NAME = re.compile(r"L(\d+)F(\d+)")
@@ -281,21 +281,12 @@ class FeatureSet:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the set to `path` (`.json`, otherwise YAML), under a temporary name first so no half file is left."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         text = (
             json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
             if path.suffix == ".json"
             else yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
         )
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_whole(path, text)
 
     def check_fits(
         self,

@@ -17,9 +17,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
 from qscope_trl.errors import ConfigError
+from qscope_trl.files import read_yaml_mapping
 
 # transformers declares it `str | None`, but its Trainer takes True for "the last checkpoint of output_dir".
 _ALSO_BOOL = ("resume_from_checkpoint",)
@@ -51,7 +50,7 @@ def parse_training(argv: Sequence[str], classes: Sequence[type], *, prog: str, d
     if path is not None:
         hints = {name: hint for kind in classes for name, hint in get_type_hints(kind).items()}
         actions = {action.dest: action for action in reversed(parser._actions)}
-        settings = _read_yaml(path)
+        settings = read_yaml_mapping(path, what="configuration file", examples="configs/")
         for key, value in settings.items():
             if key == "env":
                 continue
@@ -125,18 +124,6 @@ def _take_config(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
     if len(found.config) > 1:
         raise ConfigError(f"`--config` was given {len(found.config)} times; one file holds all settings.")
     return (Path(found.config[0]) if found.config else None), rest
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ConfigError(f"No configuration file at '{path}'. Examples are in `configs/`.")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as err:
-        raise ConfigError(f"'{path}' is not YAML: {err}") from err
-    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-        raise ConfigError(f"'{path}' holds a {type(data).__name__}, not a mapping from setting to value.")
-    return data
 
 
 def _set_environment(variables: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -381,3 +382,15 @@ def test_resuming_without_a_whole_checkpoint_is_refused(assets: Path, tmp_path: 
         ]))  # fmt: skip
     with pytest.raises(CheckpointError, match=r"There is no checkpoint '.*none' to resume from"):
         sft.run(sft.parse(["--config", str(assets / "run.yaml"), "--resume_from_checkpoint", str(tmp_path / "none")]))
+
+
+def test_the_full_disk_is_named_where_it_is_another(assets: Path, tmp_path: Path) -> None:
+    """A data loader's shared memory is none of the run's output."""
+    trainer = build(assets, "--output_dir", str(tmp_path))
+
+    def train(**_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/dev/shm/loader")
+
+    trainer.train = train
+    with pytest.raises(CheckpointError, match=r"Nothing more can be written to '/dev/shm/loader': .*No space left"):
+        launch.train_and_save(trainer, trainer.args, "data")

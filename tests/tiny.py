@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,14 @@ def prompt_completion_rows(count: int, seed: int = 0, longest: int = 9) -> list[
             }
         )
     return rows
+
+
+def reported_difference(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    """The same, shown by `pytest -rP`: the figures of docs/scaling.md."""
+    value = largest_relative_difference(found, wanted)
+    name = os.environ.get("PYTEST_CURRENT_TEST", "").split("::")[-1].removesuffix(" (call)")
+    sys.stdout.write(f"equality {name} {value:.1e}\n")
+    return value
 
 
 def largest_relative_difference(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:

@@ -9,9 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from qscope_trl.errors import ConfigError
+from qscope_trl.files import read_yaml_mapping
 
 ENGINES = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
 
@@ -71,7 +70,7 @@ def read_engine(path: str | None, num_processes: int | None) -> Engine:
     if path is None:
         number = num_processes or 1
         return Engine("single" if number == 1 else "ddp", number)
-    data = _read(Path(path))
+    data = read_yaml_mapping(Path(path), what="accelerate configuration", examples="configs/accelerate/")
     kind = str(data.get("distributed_type") or "NO")  # YAML reads a bare NO as false
     number = num_processes or _processes(path, data.get("num_processes"))
     if kind in ("NO", "MULTI_GPU"):
@@ -151,15 +150,3 @@ def _switch(path: str, settings: dict[str, Any], name: str, *, default: bool) ->
     if text in ("n", "no", "f", "false", "off", "0"):
         return False
     raise ConfigError(f"`{name}` in '{path}' is {value!r}; it is true or false.")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ConfigError(f"No accelerate configuration at '{path}'. Examples are in `configs/accelerate/`.")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as err:
-        raise ConfigError(f"'{path}' is not YAML: {err}") from err
-    if not isinstance(data, dict):
-        raise ConfigError(f"'{path}' holds a {type(data).__name__}, not a mapping as `accelerate config` writes it.")
-    return data

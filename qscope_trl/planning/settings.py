@@ -45,12 +45,16 @@ def settings_of(method: str, options: PlanConfig, overrides: Sequence[str] = (),
     Raises:
         ConfigError: If that command would refuse them, or a count is below 1.
     """
+    trl: Any = importlib.import_module("trl")
     module: Any = {"sft": sft, "grpo": grpo_run}[method]
+    kind = {"sft": trl.SFTConfig, "grpo": trl.GRPOConfig}[method]
+    # Sees a launch of so many processes; accelerate's state, which knows of none, stays as it is.
+    launched = type(kind.__name__, (kind,), {"world_size": property(lambda _: num_processes)})
     # transformers refuses bf16 where there is no GPU; a plan for GPUs may be made anywhere.
     anywhere = [] if torch.accelerator.is_available() else ["--use_cpu", "true"]
     try:
-        with quiet(), _launched_by(num_processes):
-            settings = module.parse(["--config", options.config, *overrides, *anywhere])
+        with quiet():
+            settings = module.parse(["--config", options.config, *overrides, *anywhere], launched)
     except ConfigError as err:
         _refuse_misspelt_own(overrides, err)
         raise
@@ -131,20 +135,6 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(before)
-
-
-@contextmanager
-def _launched_by(num_processes: int) -> Iterator[None]:
-    """TRL's configurations see a launch of so many processes while they are parsed; accelerate's state knows none."""
-    trl: Any = importlib.import_module("trl")
-    before = {name: getattr(trl, name) for name in ("SFTConfig", "GRPOConfig")}
-    try:
-        for name, kind in before.items():
-            setattr(trl, name, type(name, (kind,), {"world_size": property(lambda _: num_processes)}))
-        yield
-    finally:
-        for name, kind in before.items():
-            setattr(trl, name, kind)
 
 
 def _refuse_misspelt_own(overrides: Sequence[str], err: ConfigError) -> None:

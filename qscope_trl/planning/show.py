@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from qscope_trl._version import __version__
 from qscope_trl.errors import ConfigError
+from qscope_trl.files import write_whole
 from qscope_trl.planning.memory import PARTS
 from qscope_trl.planning.run import CUDA_CONTEXT, FRAGMENTATION, Plan
 from qscope_trl.planning.suggestions import Suggestion
@@ -101,25 +100,12 @@ def write_json(plan: Plan, suggestions: Sequence[Suggestion], path: str) -> None
         ConfigError: If the file cannot be written.
     """
     try:
-        _write(Path(path), json.dumps(as_dict(plan, suggestions), indent=2) + "\n")
+        write_whole(Path(path), json.dumps(as_dict(plan, suggestions), indent=2) + "\n")
     except OSError as err:
         raise ConfigError(
             f"The plan cannot be written to '{path}': {err.strerror}. Name a file in a folder that can be written to, "
             f"by `--json`."
         ) from err
-
-
-def _write(target: Path, text: str) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _count(number: int) -> str:

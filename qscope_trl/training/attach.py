@@ -24,9 +24,10 @@ from torch import Tensor
 from qscope_trl.config import PenaltyConfig
 from qscope_trl.errors import AttachError, NonFiniteError, PenaltySelfCheckError
 from qscope_trl.features import FeatureSet
+from qscope_trl.files import write_whole
 from qscope_trl.hooks.residual import Capture, ResidualHook
 from qscope_trl.sae.suite import SAESuite
-from qscope_trl.training.checkpoints import CompleteCheckpoints, write_whole
+from qscope_trl.training.checkpoints import CompleteCheckpoints
 from qscope_trl.training.checks import (
     FiniteCheck,
     FirstStepCheck,

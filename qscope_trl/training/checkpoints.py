@@ -23,6 +23,7 @@ from accelerate.state import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qscope_trl.errors import CheckpointError, QScopeWarning
+from qscope_trl.files import write_whole
 from qscope_trl.training.stack import calling_trainer, resumed_folder
 
 MARK_FILE = "checkpoint_complete.json"
@@ -181,17 +182,6 @@ def delete_older(newest: Path, limit: int, best: str | None) -> None:
             # Without its mark it is no checkpoint, also if the deleting is cut short.
             os.replace(folder / MARK_FILE, folder / UNFINISHED_FILE)
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file under a temporary name beside it, and rename it: it is there whole, or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

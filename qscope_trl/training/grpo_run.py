@@ -59,8 +59,12 @@ class GRPORun:
     data: DataConfig
 
 
-def parse(argv: Sequence[str]) -> GRPORun:
+def parse(argv: Sequence[str], training_class: type | None = None) -> GRPORun:
     """Parse `--config FILE` and flags.
+
+    Args:
+        argv: Command line without the command's name.
+        training_class: Class of the training arguments, by default `trl.GRPOConfig`.
 
     Raises:
         ConfigError: If a key or flag is unknown, a value does not fit, or something needed is missing.
@@ -68,7 +72,7 @@ def parse(argv: Sequence[str]) -> GRPORun:
     trl: Any = importlib.import_module("trl")
     use_cpu_if_alone()
     ours = (SAEConfig, PenaltyConfig, MonitorConfig, RewardConfig, RolloutConfig, DataConfig)
-    classes = (trl.ScriptArguments, trl.GRPOConfig, trl.ModelConfig, *ours)
+    classes = (trl.ScriptArguments, training_class or trl.GRPOConfig, trl.ModelConfig, *ours)
     parsed = parse_training(argv, classes, prog="qscope grpo", description=DESCRIPTION)
     names = ("script", "training", "model", "sae", "penalty", "monitor", "reward", "rollout", "data")
     settings = GRPORun(**dict(zip(names, parsed, strict=True)))

@@ -190,6 +190,7 @@ def find_resumed(args: Any) -> str | None:
         CheckpointError: If there is none, or the named one is half-written.
     """
     from qscope_trl.training.checkpoints import find_fault, last_complete_checkpoint
+    from qscope_trl.training.opening import on_every_process
 
     chosen = args.resume_from_checkpoint
     if isinstance(chosen, str) and chosen.lower() in ("true", "false"):
@@ -204,12 +205,16 @@ def find_resumed(args: Any) -> str | None:
                 f"its end. Start without it, or name a checkpoint's folder."
             )
         return str(chosen)
-    if not Path(chosen).is_dir():
-        raise CheckpointError(f"There is no checkpoint '{chosen}' to resume from.")
-    fault = find_fault(Path(chosen))
-    if fault is not None:
-        raise CheckpointError(f"'{chosen}' cannot be resumed from: {fault}.")
-    return str(chosen)
+
+    def check() -> str:
+        if not Path(chosen).is_dir():
+            raise CheckpointError(f"There is no checkpoint '{chosen}' to resume from.")
+        fault = find_fault(Path(chosen))
+        if fault is not None:
+            raise CheckpointError(f"'{chosen}' cannot be resumed from: {fault}.")
+        return str(chosen)
+
+    return on_every_process(check)
 
 
 def own_checkpoints(args: Any) -> Any:
@@ -245,8 +250,7 @@ def train_and_save(trainer: Any, args: Any, dataset_name: str) -> RunResult:
     except Exception as err:
         if not is_disk_error(err):
             raise
-        named = getattr(err, "filename", None)
-        where = named if named and not Path(str(named)).is_relative_to(args.output_dir) else args.output_dir
+        where = getattr(err, "filename", None) or args.output_dir
         raise CheckpointError(
             f"Nothing more can be written to '{where}': {str(err).splitlines()[0].rstrip('.')}. Free space there, "
             f"then run the same command with `--resume_from_checkpoint true`: it goes on from the last checkpoint "

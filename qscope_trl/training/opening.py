@@ -56,8 +56,8 @@ def on_every_process(open_fn: Callable[[], T]) -> T:
     for rank, message in enumerate(messages):
         if message is not None:
             raise CheckpointError(
-                f"Process {rank} of {world} cannot open its features or SAEs, so no process goes on: {message} Every "
-                f"node needs the same files at the same paths."
+                f"Process {rank} of {world} cannot open what the run needs, so no process goes on: {message} "
+                f"Every node needs the same files at the same paths."
             )
     return opened[0]
 

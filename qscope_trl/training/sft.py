@@ -54,15 +54,19 @@ class SFTRun:
     data: DataConfig
 
 
-def parse(argv: Sequence[str]) -> SFTRun:
+def parse(argv: Sequence[str], training_class: type | None = None) -> SFTRun:
     """Parse `--config FILE` and flags.
+
+    Args:
+        argv: Command line without the command's name.
+        training_class: Class of the training arguments, by default `trl.SFTConfig`.
 
     Raises:
         ConfigError: If a key or flag is unknown, a value does not fit, or something needed is missing.
     """
     trl: Any = importlib.import_module("trl")
     use_cpu_if_alone()
-    theirs = (trl.ScriptArguments, trl.SFTConfig, trl.ModelConfig)
+    theirs = (trl.ScriptArguments, training_class or trl.SFTConfig, trl.ModelConfig)
     classes = (*theirs, SAEConfig, PenaltyConfig, MonitorConfig, DataConfig)
     script, training, model, sae, penalty, monitor, data = parse_training(
         argv, classes, prog="qscope sft", description=DESCRIPTION

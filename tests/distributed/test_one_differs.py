@@ -22,7 +22,7 @@ def test_a_file_that_one_process_lacks_ends_all_of_them_at_once(tmp_path: Path) 
     first, second = outcome("missing", tmp_path)
     assert second["error"].startswith("No SAE for layer 2 in '")
     assert first["error"].startswith(
-        "Process 1 of 2 cannot open its features or SAEs, so no process goes on: CheckpointError: No SAE"
+        "Process 1 of 2 cannot open what the run needs, so no process goes on: CheckpointError: No SAE"
     )
     assert "Every node needs the same files" in first["error"]
     assert max(first["seconds"], second["seconds"]) < 30, "one waited for the other"

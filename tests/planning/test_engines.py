@@ -47,7 +47,7 @@ def test_booleans_in_quotes_mean_what_accelerate_reads(word: str, is_on: bool, t
     [
         (None, "No accelerate configuration at '.*'. Examples are in `configs/accelerate/`"),
         ("a: [", "is not YAML"),
-        ("- 1", "holds a list, not a mapping as `accelerate config` writes it"),
+        ("- 1", "holds a list, not a mapping from setting to value"),
         ("distributed_type: MEGATRON_LM", "`distributed_type` in '.*' is 'MEGATRON_LM', which is not planned"),
         ("distributed_type: FSDP", "`fsdp_version` in '.*' is 1, and only FSDP2 is planned"),
         (

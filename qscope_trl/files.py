@@ -1,0 +1,52 @@
+"""Small files of text: written whole or not at all; YAML mappings, with an answer to what is wrong with one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qscope_trl.errors import ConfigError
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file under a temporary name beside it, and rename it. Its folder is made if there is none.
+
+    Raises:
+        OSError: If it cannot be written; nothing of it is left then.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_yaml_mapping(path: Path, *, what: str, examples: str) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Args:
+        path: The file.
+        what: What it is called in messages, such as `configuration file`.
+        examples: Folder with examples, for messages.
+
+    Raises:
+        ConfigError: If it is missing, no YAML, or no mapping from names.
+    """
+    if not path.is_file():
+        raise ConfigError(f"No {what} at '{path}'. Examples are in `{examples}`.")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as err:
+        raise ConfigError(f"'{path}' is not YAML: {err}") from err
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise ConfigError(
+            f"'{path}' holds a {type(data).__name__}, not a mapping from setting to value. Examples are in "
+            f"`{examples}`."
+        )
+    return data
