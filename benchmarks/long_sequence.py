@@ -3,9 +3,9 @@
 Residuals as Qwen3-1.7B's, in bf16, and an SAE of the release's width. Each variant is the penalty of 10 features on
 these residuals and the gradient that reaches them; "gradient alone" is what training holds in any case. The eager
 variants are the same formula in plain torch: residuals copied to fp32, for `topk_act` all pre-activations at once.
-Time: the variants take turns. Memory, twice: the largest sum of live tensors, counted operation by operation (not inside
-compiled operations, so not for `topk_act`); and the peak resident size of a fresh process, which has the libraries'
-buffers and the allocator's leftovers in it, 100 MiB and more from one kind of operation to another.
+Time: the variants take turns. Memory, twice: the largest sum of live tensors, counted operation by operation (not
+inside compiled operations, so not for `topk_act`); and the peak resident size of a fresh process, which has the
+libraries' buffers and the allocator's leftovers in it, 100 MiB and more from one kind of operation to another.
 
     python benchmarks/long_sequence.py [--tokens 32768] [--rounds 3] [--memory-runs 3]
 """
