@@ -58,7 +58,7 @@ CASES: dict[str, tuple[str, str, int, list[str]]] = {
 
 
 def planned(config: str, engine: str, number: int, changes: list[str], folder: str) -> tuple[Any, Any]:
-    from qscope_trl.config_plan import PlanConfig
+    from qscope_trl.config.plan import PlanConfig
     from qscope_trl.planning.engines import Engine
     from qscope_trl.planning.run import plan, settings_of
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qscope_trl._version import __version__
 
 if TYPE_CHECKING:
-    from qscope_trl.config import PenaltyConfig
+    from qscope_trl.config.training import PenaltyConfig
     from qscope_trl.errors import QScopeError, QScopeWarning
     from qscope_trl.features import Feature, FeatureId, FeatureSet
     from qscope_trl.hooks.residual import ResidualHook
@@ -33,7 +33,7 @@ _PUBLIC = {
     "FeatureSet": "qscope_trl.features",
     "GroupCollator": "qscope_trl.training.collator",
     "PenaltyAttachment": "qscope_trl.training.attach",
-    "PenaltyConfig": "qscope_trl.config",
+    "PenaltyConfig": "qscope_trl.config.training",
     "QScopeError": "qscope_trl.errors",
     "QScopeWarning": "qscope_trl.errors",
     "ResidualHook": "qscope_trl.hooks.residual",

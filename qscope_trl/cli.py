@@ -48,7 +48,7 @@ def _dispatch(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="qscope",
         description="Fine-tune language models with sparse autoencoders.",
-        epilog="commands:\n" + "\n".join(f"  {name:6}{about}" for name, about in _ABOUT.items()),
+        epilog="commands:\n" + "\n".join(f"  {name:12}{about}" for name, about in _ABOUT.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"qscope_trl {__version__}")
@@ -92,7 +92,7 @@ def _grpo(argv: list[str]) -> int:
 
 
 def _plan(argv: list[str]) -> int:
-    from qscope_trl.config_plan import PlanConfig
+    from qscope_trl.config.plan import PlanConfig
     from qscope_trl.parsing import add_flags, refuse
 
     parser = argparse.ArgumentParser(
@@ -117,16 +117,10 @@ def _plan(argv: list[str]) -> int:
 
 
 def _find(argv: list[str]) -> int:
-    from qscope_trl.config import FindConfig
-    from qscope_trl.parsing import add_flags, refuse, refuse_unknown_flags
+    from qscope_trl.config.find import FindConfig
+    from qscope_trl.parsing import parse_flags
 
-    parser = argparse.ArgumentParser(
-        prog="qscope find", description="Find the features of a behaviour by contrast.", allow_abbrev=False
-    )
-    add_flags(parser, FindConfig)
-    refuse_unknown_flags(argv, parser._option_string_actions)
-    parser.error = refuse  # type: ignore[method-assign]
-    config = FindConfig(**vars(parser.parse_args(argv)))
+    config = parse_flags(argv, FindConfig, prog="qscope find", description="Find the features of a behaviour.")
 
     from qscope_trl.analysis import find_run
 

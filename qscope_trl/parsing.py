@@ -15,10 +15,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from qscope_trl.errors import ConfigError
 from qscope_trl.files import read_yaml_mapping
+
+T = TypeVar("T")
 
 # transformers declares it `str | None`, but its Trainer takes True for "the last checkpoint of output_dir".
 _ALSO_BOOL = ("resume_from_checkpoint",)
@@ -76,6 +78,15 @@ def add_flags(parser: argparse.ArgumentParser, kind: type) -> None:
     for item in fields(kind):
         names = dict.fromkeys([f"--{item.name.replace('_', '-')}", f"--{item.name}"])
         inner = next(hint for hint in _alternatives(hints[item.name]) if hint is not type(None))
+        if inner is bool:
+            parser.add_argument(
+                *names,
+                dest=item.name,
+                action=argparse.BooleanOptionalAction,
+                default=item.default,
+                help=item.metadata["help"],
+            )
+            continue
         is_list = get_origin(inner) is list
         required = item.default is MISSING and item.default_factory is MISSING
         default = item.default if item.default is not MISSING else None
@@ -90,6 +101,25 @@ def add_flags(parser: argparse.ArgumentParser, kind: type) -> None:
             choices=item.metadata.get("choices"),
             help=item.metadata["help"] + note,
         )
+
+
+def parse_flags(argv: Sequence[str], kind: type[T], *, prog: str, description: str) -> T:
+    """Parse a command line whose flags are the fields of one dataclass.
+
+    Args:
+        argv: Command line without the command's name.
+        kind: The dataclass.
+        prog: Name of the command, for the help text.
+        description: One line about the command.
+
+    Raises:
+        ConfigError: If a flag is unknown or missing, or a value does not fit.
+    """
+    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+    add_flags(parser, kind)
+    refuse_unknown_flags(argv, parser._option_string_actions)
+    parser.error = refuse  # type: ignore[method-assign]
+    return kind(**vars(parser.parse_args(argv)))
 
 
 def refuse(message: str) -> NoReturn:

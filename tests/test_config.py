@@ -7,8 +7,9 @@ import pytest
 import transformers
 import trl
 
-from qscope_trl.config import PREFIXES, DataConfig, FindConfig, MonitorConfig, PenaltyConfig, SAEConfig
-from qscope_trl.config_rollouts import RewardConfig, RolloutConfig
+from qscope_trl.config.find import FindConfig
+from qscope_trl.config.rollouts import RewardConfig, RolloutConfig
+from qscope_trl.config.training import PREFIXES, DataConfig, MonitorConfig, PenaltyConfig, SAEConfig
 from qscope_trl.errors import ConfigError
 
 OURS = (SAEConfig, PenaltyConfig, MonitorConfig, RewardConfig, RolloutConfig, DataConfig)

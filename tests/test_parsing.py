@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import trl
 
-from qscope_trl.config import DataConfig, MonitorConfig, PenaltyConfig, SAEConfig
+from qscope_trl.config.training import DataConfig, MonitorConfig, PenaltyConfig, SAEConfig
 from qscope_trl.errors import ConfigError
 from qscope_trl.parsing import add_flags, parse_training, suggestion
 

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from qscope_trl._version import __version__
 from qscope_trl.activations.encode import Positions, ResidualBatch, residual_batches
+from qscope_trl.activations.opening import load_encoders
 from qscope_trl.analysis.evidence import GroupSums, Pooled, TextFigures, collect, contrast, pool, scores
 from qscope_trl.analysis.texts import TextGroup, prepare_group
-from qscope_trl.config import RANK_BY, SELECT
-from qscope_trl.errors import ConfigError, DataError, ModelStructureError
+from qscope_trl.config.find import RANK_BY, SELECT
+from qscope_trl.errors import ConfigError, DataError
 from qscope_trl.features import Feature, FeatureSet
-from qscope_trl.hooks.layers import d_model, find_layers
+from qscope_trl.hooks.layers import find_layers
 from qscope_trl.sae.suite import SAESuite
 from qscope_trl.sae.topk_sae import TopKSAE
 
@@ -193,25 +194,6 @@ def _check(
             f"The target group `{target}` and at least one other are needed; got "
             f"{', '.join(f'`{name}`' for name in groups) or 'no group'}."
         )
-
-
-def load_encoders(model: nn.Module, saes: SAESuite, layers: Sequence[int]) -> dict[int, TopKSAE]:
-    """The encoders of some layers, each on its layer's device; raises `ModelStructureError` if they do not fit."""
-    modules, width = find_layers(model), d_model(model)
-    for layer in layers:
-        if layer >= len(modules):
-            raise ModelStructureError(
-                f"No decoder layer {layer} in `{type(model).__name__}`: it has layers 0-{len(modules) - 1}. Choose "
-                f"`layers` within that range."
-            )
-        if saes.spec(layer).d_model != width:
-            raise ModelStructureError(
-                f"The SAE of layer {layer} in '{saes.source}' reads residuals of width {saes.spec(layer).d_model}, "
-                f"but `{type(model).__name__}` has `hidden_size={width}`. Use the SAEs made for this model."
-            )
-    return {
-        layer: saes.load(layer, device=next(modules[layer].parameters()).device, decoder=False) for layer in layers
-    }
 
 
 def make_set(

@@ -14,35 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qscope_trl.activations.active import active_features
 from qscope_trl.activations.encode import ResidualBatch
-from qscope_trl.ops.reference import pre_activations, token_chunks
+from qscope_trl.ops.reference import pre_activations
 from qscope_trl.sae.topk_sae import TopKSAE
-
-
-class Active(NamedTuple):
-    """The active features of some tokens, one entry per token and feature that fires."""
-
-    token: Tensor
-    """Row in the batch, int64."""
-
-    feature: Tensor
-    """Feature index, int64."""
-
-    value: Tensor
-    """Activation, positive, fp64."""
-
-
-def active_features(sae: TopKSAE, x_ND: Tensor) -> Iterator[Active]:
-    """Activations after TopK and ReLU (or the SAE's own function), zeros left out; dense kinds chunk by chunk."""
-    if sae.activation == "topk":
-        acts, indices = sae.encode(x_ND)
-        token, slot = (acts > 0).nonzero(as_tuple=True)
-        yield Active(token, indices[token, slot], acts[token, slot].double())
-        return
-    for rows in token_chunks(x_ND.shape[0], sae.d_sae):
-        acts_NF = sae.feature_acts(x_ND[rows])
-        token, feature = (acts_NF > 0).nonzero(as_tuple=True)
-        yield Active(token + rows.start, feature, acts_NF[token, feature].double())
 
 
 class GroupSums:

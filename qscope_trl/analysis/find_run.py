@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import torch
-
+from qscope_trl.activations.opening import open_all
 from qscope_trl.analysis.discovery import find_features
 from qscope_trl.analysis.repetition import continue_texts, find_repetition_features
 from qscope_trl.analysis.texts import read_groups, read_texts
-from qscope_trl.config import FindConfig
-from qscope_trl.errors import ConfigError
+from qscope_trl.config.find import FindConfig
 from qscope_trl.features import FeatureSet
-from qscope_trl.sae.suite import SAESuite
 
 
 def run(config: FindConfig) -> FeatureSet:
@@ -27,23 +23,10 @@ def run(config: FindConfig) -> FeatureSet:
         ConfigError: If the model cannot be loaded or a setting does not fit.
         DataError: If a file or a group is not usable.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     groups, target = ({}, "") if config.repetition else read_groups(config)
     texts = read_texts(Path(config.repetition), config.text_column) if config.repetition else []
-    saes = SAESuite.from_pretrained(config.saes, revision=config.sae_revision, k=config.sae_k)
-    layers = config.layer_list(saes.layers)
-    saes = SAESuite.from_pretrained(saes, layers=layers)
-    dtype: Any = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-    auto_model: Any = AutoModelForCausalLM
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.model, revision=config.model_revision)
-        model = auto_model.from_pretrained(config.model, revision=config.model_revision, dtype=dtype)
-    except (OSError, ValueError) as err:
-        raise ConfigError(f"The model '{config.model}' cannot be loaded: {err}") from err
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer, saes, layers = open_all(config)
     if config.repetition:
-        model = model.to(device)
         if config.generate_tokens:
             texts = continue_texts(
                 model, tokenizer, texts, config.generate_tokens, config.batch_size, config.max_length
@@ -63,7 +46,7 @@ def run(config: FindConfig) -> FeatureSet:
         )
         return _save(found, config)
     found = find_features(
-        model.to(device),
+        model,
         tokenizer,
         saes,
         groups,

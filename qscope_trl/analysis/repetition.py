@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from qscope_trl._version import __version__
+from qscope_trl.activations.active import active_features
 from qscope_trl.activations.encode import residual_batches
-from qscope_trl.analysis.discovery import load_encoders, make_set
-from qscope_trl.analysis.evidence import active_features
+from qscope_trl.activations.opening import load_encoders
+from qscope_trl.analysis.discovery import make_set
 from qscope_trl.analysis.texts import TextGroup, prepare_group
 from qscope_trl.errors import DataError
 from qscope_trl.features import Feature, FeatureSet

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qscope_trl.activations.encode import Positions, num_kept, tokenize
-from qscope_trl.config import FindConfig
+from qscope_trl.config.find import FindConfig
 from qscope_trl.errors import ConfigError, DataError
 
 _SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 from transformers.trainer_utils import set_seed
 from trl import SFTConfig, SFTTrainer
 
-from qscope_trl.config import PenaltyConfig
+from qscope_trl.config.training import PenaltyConfig
 from qscope_trl.demo import assets
 from qscope_trl.demo.judge import judge, unwanted_tokens
 from qscope_trl.demo.recipe import Recipe

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qscope_trl.config_plan import PlanConfig
+from qscope_trl.config.plan import PlanConfig
 from qscope_trl.errors import ConfigError
 from qscope_trl.hooks.layers import find_layers, text_config
 from qscope_trl.planning.engines import Engine, read_engine

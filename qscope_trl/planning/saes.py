@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qscope_trl.config_plan import PlanConfig
+from qscope_trl.config.plan import PlanConfig
 from qscope_trl.errors import ConfigError, FeatureSetError
 from qscope_trl.planning.memory import Scratch
 from qscope_trl.planning.trace import trace_function

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 import yaml
 
-from qscope_trl.config_plan import PlanConfig
-from qscope_trl.config_rollouts import RewardConfig, RolloutConfig
+from qscope_trl.config.plan import PlanConfig
+from qscope_trl.config.rollouts import RewardConfig, RolloutConfig
 from qscope_trl.errors import ConfigError
 from qscope_trl.parsing import refuse
 from qscope_trl.training import grpo_run, sft

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from qscope_trl.config_plan import PlanConfig
+from qscope_trl.config.plan import PlanConfig
 from qscope_trl.errors import QScopeError
 from qscope_trl.planning.engines import Engine, read_engine
 from qscope_trl.planning.run import Plan, plan

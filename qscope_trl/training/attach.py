@@ -21,7 +21,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
-from qscope_trl.config import PenaltyConfig
+from qscope_trl.config.training import PenaltyConfig
 from qscope_trl.errors import AttachError, NonFiniteError, PenaltySelfCheckError
 from qscope_trl.features import FeatureSet
 from qscope_trl.files import write_whole

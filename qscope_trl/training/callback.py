@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qscope_trl.config import PenaltyConfig
+from qscope_trl.config.training import PenaltyConfig
 from qscope_trl.errors import AttachError, QScopeWarning
 from qscope_trl.features import FeatureSet
 from qscope_trl.sae.suite import SAESuite

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qscope_trl.config import DataConfig, MonitorConfig, PenaltyConfig, SAEConfig
-from qscope_trl.config_rollouts import RewardConfig, RolloutConfig
+from qscope_trl.config.rollouts import RewardConfig, RolloutConfig
+from qscope_trl.config.training import DataConfig, MonitorConfig, PenaltyConfig, SAEConfig
 from qscope_trl.errors import ConfigError, DataError, QScopeError
 from qscope_trl.features import FeatureSet
 from qscope_trl.parsing import parse_training

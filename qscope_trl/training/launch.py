@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qscope_trl.config import SAEConfig
+from qscope_trl.config.training import SAEConfig
 from qscope_trl.errors import CheckpointError, ConfigError, DataError, QScopeWarning
 from qscope_trl.features import FeatureSet
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qscope_trl.config import PenaltyConfig
+from qscope_trl.config.training import PenaltyConfig
 from qscope_trl.errors import DataError
 from qscope_trl.hooks.residual import Capture
 

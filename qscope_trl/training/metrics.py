@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qscope_trl.config import PenaltyConfig
+from qscope_trl.config.training import PenaltyConfig
 from qscope_trl.errors import QScopeWarning
 from qscope_trl.features import FeatureSet
 from qscope_trl.monitor.statistics import FeatureStatistics, evaluation_prefix

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qscope_trl.config import PenaltyConfig
+from qscope_trl.config.training import PenaltyConfig
 
 
 def loss_divisor(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from qscope_trl.config import PENALTY_KINDS, READERS
+from qscope_trl.config.training import PENALTY_KINDS, READERS
 from qscope_trl.errors import ConfigError
 from qscope_trl.features import FeatureSet
 from qscope_trl.sae.suite import SAESuite

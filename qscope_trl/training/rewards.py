@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qscope_trl.config import AGGREGATIONS, PENALTY_SCHEDULES, schedule_factor
+from qscope_trl.config.training import AGGREGATIONS, PENALTY_SCHEDULES, schedule_factor
 from qscope_trl.errors import AttachError, ConfigError
 from qscope_trl.features import FeatureSet
 from qscope_trl.sae.suite import SAESuite

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qscope_trl.config import CREDITS, POLICIES, RATIOS
+from qscope_trl.config.training import CREDITS, POLICIES, RATIOS
 from qscope_trl.errors import AttachError, ConfigError, PenaltySelfCheckError
 from qscope_trl.features import FeatureSet
 from qscope_trl.hooks.edit import ResidualAdd

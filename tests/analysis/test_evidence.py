@@ -4,8 +4,9 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
+from qscope_trl.activations.active import active_features
 from qscope_trl.analysis import evidence
-from qscope_trl.analysis.evidence import GroupSums, active_features, auroc
+from qscope_trl.analysis.evidence import GroupSums, auroc
 from qscope_trl.ops import reference
 from qscope_trl.sae.topk_sae import TopKSAE
 from tests.tiny import D_MODEL, D_SAE, K, random_sae

@@ -135,7 +135,7 @@ def test_command_writes_repetition_features(saes: Path, tmp_path: Path, capsys: 
 
 
 def test_generated_tokens_without_repetition_are_refused() -> None:
-    from qscope_trl.config import FindConfig
+    from qscope_trl.config.find import FindConfig
 
     with pytest.raises(ConfigError, match=r"`--generate-tokens` is for `--repetition`"):
         FindConfig(model="m", saes="s", layers="1", output="o.yaml", positive="a", negative="b", generate_tokens=4)

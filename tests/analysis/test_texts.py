@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from qscope_trl.analysis.texts import prepare_group, read_groups, read_texts
-from qscope_trl.config import FindConfig
+from qscope_trl.config.find import FindConfig
 from qscope_trl.errors import ConfigError, DataError
 from tests.tiny import tiny_tokenizer
 

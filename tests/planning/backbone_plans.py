@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from qscope_trl.config_plan import PlanConfig
+from qscope_trl.config.plan import PlanConfig
 from qscope_trl.parsing import add_flags
 from qscope_trl.planning import run, show
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from qscope_trl.config_plan import PlanConfig
+from qscope_trl.config.plan import PlanConfig
 from qscope_trl.planning.run import Plan, run
 from tests.planning import backbone_plans
 

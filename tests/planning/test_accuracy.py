@@ -13,7 +13,7 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qscope_trl.config_plan import PlanConfig
+from qscope_trl.config.plan import PlanConfig
 from qscope_trl.planning import memory, saes
 from qscope_trl.planning.engines import Engine
 from qscope_trl.planning.run import Plan, plan

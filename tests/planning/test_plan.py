@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from qscope_trl.cli import main
-from qscope_trl.config_plan import PlanConfig
+from qscope_trl.config.plan import PlanConfig
 from qscope_trl.errors import ConfigError, FeatureSetError
 from qscope_trl.planning.engines import Engine
 from qscope_trl.planning.memory import Precision, states, whole_logits_loss

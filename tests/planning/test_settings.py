@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qscope_trl.cli import main
-from qscope_trl.config_plan import PlanConfig
+from qscope_trl.config.plan import PlanConfig
 from qscope_trl.errors import ConfigError
 from qscope_trl.planning.run import run
 from qscope_trl.planning.settings import settings_of

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from qscope_trl.config import PenaltyConfig
+from qscope_trl.config.training import PenaltyConfig
 from qscope_trl.errors import DataError
 from qscope_trl.hooks.residual import Capture
 from qscope_trl.training.masks import token_groups, token_mask

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from qscope_trl.config import (
+from qscope_trl.config.training import (
     AGGREGATIONS,
     CREDITS,
     PENALTY_KINDS,

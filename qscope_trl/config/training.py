@@ -1,19 +1,17 @@
-"""Every user-facing setting, as frozen keyword-only dataclasses.
+"""Settings of a training run with a penalty.
 
-Settings of a training run are parsed together with TRL's and transformers' own argument classes into one flat set of
-keys, so each name carries a prefix of ours (`sae_`, `penalty_`, `monitor_`, `data_`). `FindConfig` has a command line
-of its own and needs none. Help text lives in the field metadata and nowhere else. This module imports neither torch
-nor transformers; how YAML and flags become these objects is in `qscope_trl.parsing`.
+They are parsed together with TRL's and transformers' own argument classes into one flat set of keys, so each name
+carries a prefix of ours (`sae_`, `penalty_`, `monitor_`, `data_`).
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-import re
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from qscope_trl.config.values import DTYPES, one_of
 from qscope_trl.errors import ConfigError
 
 PENALTY_KINDS = ("preact_hinge", "topk_act")
@@ -25,18 +23,9 @@ AGGREGATIONS = ("mean", "max", "last_k", "rate", "first_hit")
 POLICIES = ("penalise", "amplify_negative", "zero_advantage", "screen", "steered_negative")
 CREDITS = ("rollout", "token")
 RATIOS = ("one", "truncated", "exact")
-RANK_BY = ("mean_difference", "delta", "auroc", "monolinguality")
-POSITIONS = ("all", "last")
-SELECT = ("layer", "overall")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 PREFIXES = ("sae_", "penalty_", "monitor_", "data_", "reward_", "rollout_", "steer_")
 """Every field that shares a command line with TRL's begins with one of these."""
-
-
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"`{name}` is {value!r}; choose one of {', '.join(allowed)}.")
 
 
 def schedule_factor(schedule: str, length: float, step: int, max_steps: int) -> float:
@@ -131,10 +120,10 @@ class PenaltyConfig:
     )
 
     def __post_init__(self) -> None:
-        _one_of("penalty_nonfinite", self.penalty_nonfinite, PENALTY_NONFINITE)
-        _one_of("penalty_kind", self.penalty_kind, PENALTY_KINDS)
-        _one_of("penalty_tokens", self.penalty_tokens, PENALTY_TOKENS)
-        _one_of("penalty_schedule", self.penalty_schedule, PENALTY_SCHEDULES)
+        one_of("penalty_nonfinite", self.penalty_nonfinite, PENALTY_NONFINITE)
+        one_of("penalty_kind", self.penalty_kind, PENALTY_KINDS)
+        one_of("penalty_tokens", self.penalty_tokens, PENALTY_TOKENS)
+        one_of("penalty_schedule", self.penalty_schedule, PENALTY_SCHEDULES)
         if not math.isfinite(self.penalty_weight) or self.penalty_weight < 0:
             raise ConfigError(
                 f"`penalty_weight` is {self.penalty_weight!r}; it is a finite number from 0. A negative weight would "
@@ -208,7 +197,7 @@ class SAEConfig:
     )
 
     def __post_init__(self) -> None:
-        _one_of("sae_dtype", self.sae_dtype, DTYPES)
+        one_of("sae_dtype", self.sae_dtype, DTYPES)
         if self.sae_k is not None and self.sae_k < 1:
             raise ConfigError(f"`sae_k` is {self.sae_k}; it is the number of active features per token, 1 or more.")
 
@@ -248,137 +237,3 @@ class DataConfig:
             "features' thresholds, and the FeatureSet's target group is exempt from the penalty. Not with packing."
         },
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class FindConfig:
-    """Settings of `qscope find`."""
-
-    model: str = field(metadata={"help": "Model to encode with: Hub id or folder. Use the model before fine-tuning."})
-    saes: str = field(metadata={"help": "SAEs of that model: Hub id, folder or single file."})
-    layers: str = field(
-        metadata={"help": "Layers to search, from 0: `26,27`, `20-27`, or `all`. Each keeps its encoder in memory."}
-    )
-    output: str = field(metadata={"help": "File to write, .yaml or .json."})
-    positive: str | None = field(
-        default=None,
-        metadata={"help": "Texts that show the behaviour: .jsonl, .json, .parquet or .txt (one a line), also .gz."},
-    )
-    negative: str | None = field(default=None, metadata={"help": "Texts that do not show it."})
-    group: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Instead of positive and negative: `name=file`, repeated, one per group."},
-    )
-    data: str | None = field(
-        default=None, metadata={"help": "Instead: one file with all groups, told apart by the group column."}
-    )
-    group_column: str | None = field(default=None, metadata={"help": "Column of `--data` that names the group."})
-    repetition: str | None = field(
-        default=None,
-        metadata={"help": "Instead: one file of texts that loop; finds what grows from the first round to the last."},
-    )
-    generate_tokens: int = field(
-        default=0,
-        metadata={"help": "With `--repetition`: tokens the model adds to each text by greedy decoding before."},
-    )
-    target: str | None = field(
-        default=None,
-        metadata={"help": "Group the features stand for. Needed with `--group` and `--data`; else the positive one."},
-    )
-    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
-    top: int = field(default=10, metadata={"help": "Features to choose."})
-    select: str = field(
-        default="layer",
-        metadata={"help": "Choose `--top` features in each `layer`, or `overall`.", "choices": list(SELECT)},
-    )
-    rank_by: str = field(
-        default="mean_difference",
-        metadata={
-            "help": "Score that ranks the features. `mean_difference`: mean activation, target minus all others. "
-            "`delta`: share of texts where it fires, target minus others. `monolinguality`: as the first, every "
-            "other group counting alike. `auroc`: of the largest activation per text, among a shortlist.",
-            "choices": list(RANK_BY),
-        },
-    )
-    positions: str = field(
-        default="all",
-        metadata={
-            "help": "Tokens to look at: `all`, or the `last` of each text (texts that end just before a decision).",
-            "choices": list(POSITIONS),
-        },
-    )
-    max_length: int = field(
-        default=512,
-        metadata={"help": "Tokens kept of each text: its first ones, or with `--positions last` its last."},
-    )
-    max_tokens: int | None = field(
-        default=None, metadata={"help": "Stop taking texts of a group at this many tokens."}
-    )
-    batch_size: int = field(default=8, metadata={"help": "Texts in one forward."})
-    dtype: str = field(
-        default="auto",
-        metadata={"help": "Dtype of the model; `auto` is the checkpoint's.", "choices": list(DTYPES)},
-    )
-    device: str | None = field(default=None, metadata={"help": "Device, such as `cuda:0`. Default: a GPU if any."})
-    holdout: float = field(
-        default=0.2,
-        metadata={"help": "Share of each group's texts kept out of the choice, for the `heldout_` evidence; 0: none."},
-    )
-    seed: int = field(default=0, metadata={"help": "Decides which texts are held out."})
-    sae_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the SAEs."})
-    sae_k: int | None = field(default=None, metadata={"help": "Active features per token, if the SAE does not say."})
-    model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the model."})
-
-    def __post_init__(self) -> None:
-        for name, allowed in (
-            ("rank_by", RANK_BY),
-            ("positions", POSITIONS),
-            ("select", SELECT),
-            ("dtype", DTYPES),
-        ):
-            _one_of(name, getattr(self, name), allowed)
-        for name, least in (
-            ("top", 1),
-            ("max_length", 2),
-            ("max_tokens", 1),
-            ("batch_size", 1),
-            ("generate_tokens", 0),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"`{name}` is {value}; it is {least} or more.")
-        if not 0 <= self.holdout < 1:
-            raise ConfigError(f"`holdout` is {self.holdout!r}; it is a share from 0 up to, not including, 1.")
-        ways = [bool(self.positive or self.negative), bool(self.group), bool(self.data), bool(self.repetition)]
-        if sum(ways) != 1 or bool(self.positive) is not bool(self.negative):
-            raise ConfigError(
-                "Give the texts in exactly one way: `--positive FILE --negative FILE`, or `--group NAME=FILE` at "
-                "least twice, or `--data FILE --group-column COLUMN`, or `--repetition FILE`."
-            )
-        if bool(self.data) is not bool(self.group_column):
-            raise ConfigError("`--data` and `--group-column` come together; got one of them.")
-        if self.generate_tokens and not self.repetition:
-            raise ConfigError("`--generate-tokens` is for `--repetition`; contrasts use the texts as they are.")
-        if not self.positive and not self.repetition and not self.target:
-            raise ConfigError("`--target` is missing: name the group that the features should stand for.")
-
-    def layer_list(self, available: tuple[int, ...]) -> tuple[int, ...]:
-        """The layers that `layers` names, ascending.
-
-        Args:
-            available: Layers there are, for `all`.
-
-        Raises:
-            ConfigError: If `layers` is not of the documented form.
-        """
-        if self.layers.strip() == "all":
-            return available
-        chosen: set[int] = set()
-        for part in self.layers.split(","):
-            match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-            if match is None:
-                raise ConfigError(f"`layers` is {self.layers!r}; write it as `26,27`, `20-27` or `all`.")
-            chosen.update(range(int(match[1]), int(match[2] or match[1]) + 1))
-        if not chosen:
-            raise ConfigError(f"`layers` is {self.layers!r}, which names no layer; ranges run upwards, as in `20-27`.")
-        return tuple(sorted(chosen))

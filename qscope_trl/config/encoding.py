@@ -1,0 +1,44 @@
+"""Settings that every command shares which runs texts through a model and its SAEs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from qscope_trl.config.values import DTYPES, at_least, layer_list, one_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodingConfig:
+    """Which model and SAEs, and how texts are run through them.
+
+    `demo` as `model` and as `saes` names what is bundled with the package (`qscope_trl.bundled`).
+    """
+
+    model: str = field(
+        metadata={"help": "Model to encode with: Hub id, folder, or `demo`. Use the model before fine-tuning."}
+    )
+    saes: str = field(metadata={"help": "SAEs of that model: Hub id, folder, single file, or `demo`."})
+    layers: str = field(
+        metadata={"help": "Layers to use, from 0: `26,27`, `20-27`, or `all`. Each keeps its encoder in memory."}
+    )
+    max_length: int = field(default=512, metadata={"help": "Tokens kept of each text: its first ones."})
+    batch_size: int = field(default=8, metadata={"help": "Texts in one forward."})
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "Dtype of the model; `auto` is the checkpoint's.", "choices": list(DTYPES)},
+    )
+    device: str | None = field(default=None, metadata={"help": "Device, such as `cuda:0`. Default: a GPU if any."})
+    sae_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the SAEs."})
+    sae_k: int | None = field(default=None, metadata={"help": "Active features per token, if the SAE does not say."})
+    model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the model."})
+
+    def __post_init__(self) -> None:
+        one_of("dtype", self.dtype, DTYPES)
+        at_least("max_length", self.max_length, 2)
+        at_least("batch_size", self.batch_size, 1)
+        if self.layers.strip() != "all":
+            layer_list(self.layers, ())
+
+    def layer_list(self, available: tuple[int, ...]) -> tuple[int, ...]:
+        """The layers that `layers` names, ascending; `available` are those of `all`."""
+        return layer_list(self.layers, available)
