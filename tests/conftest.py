@@ -13,6 +13,7 @@ from qscope_trl.ops import build
 
 # The models are tiny: a second thread costs more in waiting than it saves, several times over on a busy machine.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
 # TRL 0.24 warns of each trainer that was to move; which ones did is the version's business.
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")

@@ -10,12 +10,19 @@ from typing import Any
 import pytest
 
 from qscope_trl import FeatureSet
-from qscope_trl.demo import grpo_run, recipe, run, show
+from qscope_trl.demo import assets, grpo_run, recipe, run, show
 from qscope_trl.errors import ConfigError
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
+def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first rows of every data set: most of an arm's time is its evaluation."""
+    rows = assets.rows
+    monkeypatch.setattr(assets, "rows", lambda name: rows(name)[:64])
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, few_rows: None) -> None:
     monkeypatch.setattr(
         recipe, "RECIPE", replace(recipe.RECIPE, steps=4, batch_size=4, generations=16, new_tokens=8, find_texts=40)
     )
@@ -105,6 +112,7 @@ def test_the_table_gives_means_and_spread_and_the_step_time_ratio() -> None:
     assert "| 1.20 ± 0.00x |" in text
 
 
+@pytest.mark.usefixtures("few_rows")
 def test_grpo_demo_runs_every_arm_and_tells(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

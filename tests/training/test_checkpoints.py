@@ -320,30 +320,40 @@ def test_a_run_killed_anywhere_ends_as_one_that_was_not(
     assert_same_end(tmp_path, undisturbed)
 
 
+@pytest.fixture(scope="module")
+def undisturbed_by_two(saes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes write that nobody kills."""
+    folder = tmp_path_factory.mktemp("undisturbed_by_two")
+    run_killable(saes, folder, "never", False, processes=2)
+    return folder
+
+
 @pytest.mark.distributed
-def test_processes_that_resume_from_different_checkpoints_are_all_stopped(saes: Path, tmp_path: Path) -> None:
-    run_killable(saes, tmp_path, "never", False, processes=2)
-    assert run_killable(saes, tmp_path, "apart:0", True, processes=2) != 0
+def test_processes_that_resume_from_different_checkpoints_are_all_stopped(
+    saes: Path, undisturbed_by_two: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(undisturbed_by_two, tmp_path / "copy")
+    assert run_killable(saes, folder, "apart:0", True, processes=2) != 0
     for rank in range(2):
-        message = (tmp_path / f"apart{rank}.txt").read_text()
+        message = (folder / f"apart{rank}.txt").read_text()
         assert message.startswith("The processes go on from different steps: 2, 4, by process.")
 
 
 @pytest.mark.distributed
-def test_two_processes_of_which_one_is_killed_end_as_if_it_were_not(saes: Path, tmp_path: Path) -> None:
-    undisturbed = tmp_path / "undisturbed"
-    undisturbed.mkdir()
-    run_killable(saes, undisturbed, "never", False, processes=2)
+@pytest.mark.parametrize(
     # The second process dies while it writes its part, when the first has perhaps long written its own.
-    for name in ("between-checkpoints", "inside-the-random-numbers"):
-        kill, goes_on_from = KILLS[name]
-        folder = tmp_path / name
-        folder.mkdir()
-        assert run_killable(saes, folder, kill, False, processes=2) == 1
-        assert not (folder / "weights.pt").exists()
-        run_killable(saes, folder, "never", True, processes=2)
-        assert json.loads((folder / "resumed.json").read_text()) == str(folder / f"checkpoint-{goes_on_from}")
-        assert_same_end(folder, undisturbed)
+    "name",
+    ["inside-the-random-numbers", pytest.param("between-checkpoints", marks=pytest.mark.slow)],
+)
+def test_two_processes_of_which_one_is_killed_end_as_if_it_were_not(
+    saes: Path, undisturbed_by_two: Path, tmp_path: Path, name: str
+) -> None:
+    kill, goes_on_from = KILLS[name]
+    assert run_killable(saes, tmp_path, kill, False, processes=2) == 1
+    assert not (tmp_path / "weights.pt").exists()
+    run_killable(saes, tmp_path, "never", True, processes=2)
+    assert json.loads((tmp_path / "resumed.json").read_text()) == str(tmp_path / f"checkpoint-{goes_on_from}")
+    assert_same_end(tmp_path, undisturbed_by_two)
 
 
 @pytest.mark.pinned
