@@ -17,6 +17,10 @@ class FeatureSetError(QScopeError, ValueError):
     """A FeatureSet is malformed, or was made for another model or another SAE."""
 
 
+class RuleError(QScopeError, ValueError):
+    """A rule over features is malformed, names what is not there, or was made for another SAE."""
+
+
 class ConfigError(QScopeError, ValueError):
     """A configuration value, key or flag does not fit."""
 
@@ -33,6 +37,10 @@ class AttachError(QScopeError, RuntimeError):
     """The penalty cannot join this trainer's loss."""
 
 
+class SteeringError(QScopeError, RuntimeError):
+    """Steering did not reach the model, or cannot be told where to act."""
+
+
 class PenaltySelfCheckError(QScopeError, RuntimeError):
     """The penalty was attached, but a training step shows that it does not act."""
 
@@ -43,6 +51,10 @@ class NonFiniteError(QScopeError, ArithmeticError):
 
 class KernelError(QScopeError, RuntimeError):
     """A compiled kernel was asked for and cannot be had."""
+
+
+class EndpointError(QScopeError, ConnectionError):
+    """A language model behind an endpoint cannot be reached, refuses, or has stopped answering."""
 
 
 class QScopeWarning(UserWarning):

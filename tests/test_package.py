@@ -16,12 +16,13 @@ MODULES = sorted(ROOT.rglob("*.py"))
 # A module may import its own folder and anything of a higher number. `demo` uses everything but the command line.
 LAYERS = {
     "__main__": -1, "cli": 0, "demo": 1, "planning": 1,
-    "training": 2, "analysis": 2,
+    "training": 2, "analysis": 2, "steering": 2,
     "monitor": 3, "activations": 3,
     "sae": 4, "hooks": 4,
-    "config": 5, "features": 5, "rules": 5, "parsing": 5,
-    "ops": 6, "files": 6, "bundled": 6,
-    "errors": 7, "_version": 7,
+    "config": 5, "rules": 5, "parsing": 5,
+    "features": 6,
+    "ops": 7, "files": 7, "bundled": 7,
+    "errors": 8, "_version": 8,
 }  # fmt: skip
 HEAVY = ("torch", "transformers", "trl", "datasets", "peft", "accelerate", "matplotlib", "wandb", "numpy")
 

@@ -13,11 +13,10 @@ import torch
 from torch import nn
 
 from qscope_trl.activations.encode import residual_batches, tokenize
+from qscope_trl.activations.matching import draw_matched
 from qscope_trl.analysis.evidence import GroupSums, collect
 from qscope_trl.features import Feature, FeatureSet
 from qscope_trl.sae.suite import SAESuite
-
-_NEAREST = 20
 
 
 def matched_random_features(
@@ -65,13 +64,8 @@ def matched_random_features(
     drawn: list[Feature] = []
     for layer in chosen.layers:
         rate = (rates[layer].token_count.double() / rates[layer].num_tokens).cpu()
-        taken = torch.zeros_like(rate, dtype=torch.bool)
-        taken[[feature.index for feature in chosen.for_layer(layer)]] = True
-        for feature in chosen.for_layer(layer):
-            distance = (rate - rate[feature.index]).abs().masked_fill(taken, torch.inf)
-            nearest = distance.argsort(stable=True)[:_NEAREST]
-            index = int(nearest[int(torch.randint(nearest.numel(), (1,), generator=generator))])
-            taken[index] = True
+        matched = draw_matched(rate, [feature.index for feature in chosen.for_layer(layer)], generator)
+        for feature, index in zip(chosen.for_layer(layer), matched, strict=True):
             threshold = float(
                 negative[layer].mean_pre_act(torch.tensor([index], device=loaded[layer].W_enc.device))[0]
             )

@@ -29,7 +29,7 @@ class EncodingConfig:
     )
     device: str | None = field(default=None, metadata={"help": "Device, such as `cuda:0`. Default: a GPU if any."})
     sae_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the SAEs."})
-    sae_k: int | None = field(default=None, metadata={"help": "Active features per token, if the SAE does not say."})
+    sae_k: int | None = field(default=None, metadata={"help": "Active features per token, whatever the SAE says."})
     model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the model."})
 
     def __post_init__(self) -> None:

@@ -20,10 +20,11 @@ from trl import GRPOConfig
 
 from qscope_trl.demo import assets
 from qscope_trl.demo.arms import StepTimer, generate, load_model
-from qscope_trl.demo.judge import is_loop, is_switched, judge
+from qscope_trl.demo.judge import judge
 from qscope_trl.demo.recipe import GRPORecipe
 from qscope_trl.features import FeatureSet
 from qscope_trl.hooks.residual import ResidualHook
+from qscope_trl.monitor.detectors import is_loop, is_switched
 from qscope_trl.sae.suite import SAESuite
 from qscope_trl.training.grpo import SAEGRPOTrainer
 from qscope_trl.training.opening import open_features

@@ -7,28 +7,20 @@ behaviour.
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-_CHINESE = re.compile(r"[㐀-䶿一-鿿豈-﫿]")
-_LETTER = re.compile(r"[^\W\d_]")
-MIN_CHARACTERS = 3
-"""Chinese characters from which a generation counts as switched; fewer may be a stray byte sequence."""
-
-
-_LOOP_WORDS, _LOOP_TIMES = 3, 3
+from qscope_trl.monitor.detectors import is_switched, num_chinese, num_letters
 
 
 class Verdict(NamedTuple):
     """What the detector found in some generations."""
 
     rate: float
-    """Share of generations with `MIN_CHARACTERS` Chinese characters or more."""
+    """Share of generations with three Chinese characters or more."""
 
     share: float
     """Chinese characters among all letters."""
@@ -44,22 +36,8 @@ class Verdict(NamedTuple):
 
 def judge(texts: Sequence[str]) -> Verdict:
     """Count code-switching in generations."""
-    chinese = [len(_CHINESE.findall(text)) for text in texts]
-    letters = sum(len(_LETTER.findall(text)) for text in texts)
-    switched = sum(count >= MIN_CHARACTERS for count in chinese)
-    return Verdict(switched / len(texts), sum(chinese) / max(1, letters), len(texts))
-
-
-def is_switched(text: str) -> bool:
-    """Whether a generation holds `MIN_CHARACTERS` Chinese characters or more."""
-    return len(_CHINESE.findall(text)) >= MIN_CHARACTERS
-
-
-def is_loop(text: str) -> bool:
-    """Whether three words occur together, in their order, three times or more."""
-    words = text.split()
-    counts = Counter(tuple(words[n : n + _LOOP_WORDS]) for n in range(len(words) - _LOOP_WORDS + 1))
-    return any(count >= _LOOP_TIMES for count in counts.values())
+    chinese, letters = sum(map(num_chinese, texts)), sum(map(num_letters, texts))
+    return Verdict(sum(map(is_switched, texts)) / len(texts), chinese / max(1, letters), len(texts))
 
 
 def unwanted_tokens(tokenizer: Any) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from qscope_trl.features import Feature, FeatureId
 from qscope_trl.ops.chosen import pre_activations
 from qscope_trl.ops.feature_rank import feature_rank
+from qscope_trl.sae.chosen import thresholded
 from qscope_trl.sae.suite import SAESuite
 from qscope_trl.sae.topk_sae import TopKSAE
 
@@ -154,9 +155,7 @@ def topk_act(x_BTD: Tensor, features: LayerFeatures, group_BT: Tensor | None = N
         indices = torch.tensor([i.index for i in features.ids], device=x_BTD.device)
         acts_BTS, active_BTS = feature_rank(x_BTD, sae.W_enc, sae.b_enc, sae.k or 0, indices)
     else:
-        f_BTS = pre_activations(x_BTD, features.W_SD, features.b_S)
-        active_BTS = f_BTS.detach() > (0 if features.jump_S is None else features.jump_S)
-        acts_BTS = torch.where(active_BTS, f_BTS, 0)
+        acts_BTS, active_BTS = thresholded(pre_activations(x_BTD, features.W_SD, features.b_S), features.jump_S)
     return PenaltyTerms((acts_BTS * features.weights_S).sum(-1), acts_BTS.detach(), active_BTS)
 
 
