@@ -48,6 +48,18 @@ def active_features(sae: TopKSAE, x_ND: Tensor) -> Iterator[Active]:
         yield Active(token + rows.start, feature, acts_NF[token, feature].double())
 
 
+def token_features(sae: TopKSAE, x_ND: Tensor) -> Active:
+    """What `active_features` gives, in one piece: tokens ascending, features ascending within a token."""
+    if sae.activation != "topk":
+        parts = list(active_features(sae, x_ND))
+        return Active(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    acts, indices = sae.encode(x_ND)
+    indices, order = indices.sort(dim=-1)
+    acts = acts.gather(-1, order)
+    token, slot = (acts > 0).nonzero(as_tuple=True)
+    return Active(token, indices[token, slot], acts[token, slot].double())
+
+
 class DocumentFeatures(NamedTuple):
     """One layer's features over documents: an entry per document and feature that fires in it, in that order."""
 

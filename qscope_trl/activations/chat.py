@@ -1,0 +1,40 @@
+"""Conversations as texts, by a tokenizer's chat template."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qscope_trl.activations.sources import ChatRenderer
+from qscope_trl.errors import DataError
+
+
+def chat_renderer(tokenizer: Any, *, name: str) -> ChatRenderer:
+    """Renders conversations to texts that `encode.tokenize` turns into the template's own token ids.
+
+    A BOS token that both the template writes and the tokenizer adds is taken off the text, so that it comes once.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        name: Name of its model, for messages.
+
+    Returns:
+        A function that raises `DataError` if there is no template, or it refuses a conversation.
+    """
+    bos = getattr(tokenizer, "bos_token", None)
+    adds_bos = bos is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+    def render(messages: list[Any]) -> str:
+        if not getattr(tokenizer, "chat_template", None):
+            raise DataError(
+                f"The data holds conversations, but the tokenizer of '{name}' has no chat template. Name a column of "
+                f"texts by `text_column`, or use a tokenizer with one."
+            )
+        from jinja2 import TemplateError
+
+        try:
+            text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+        except (TemplateError, TypeError, ValueError, KeyError) as err:
+            raise DataError(f"The chat template of '{name}' refuses a conversation: {err}") from err
+        return text.removeprefix(bos) if adds_bos and bos is not None else text
+
+    return render
