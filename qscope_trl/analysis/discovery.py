@@ -2,22 +2,24 @@
 
 Two passes over the texts. The first, on the texts not held out, sums up every feature of every layer and ranks them;
 the second measures the chosen ones text by text, on the texts they were chosen on and, apart from these, on the ones
-held out. Left out: feature descriptions, causal tests, and correction for having searched many features (which is
-what the held-out figures are for).
+held out. Left out: feature descriptions and causal tests.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qscope_trl._version import __version__
 from qscope_trl.activations.encode import Positions, ResidualBatch, residual_batches
 from qscope_trl.activations.opening import load_encoders
-from qscope_trl.analysis.evidence import GroupSums, Pooled, TextFigures, collect, contrast, pool, scores
+from qscope_trl.analysis.choosing import candidates, choose, describe, examine_search
+from qscope_trl.analysis.evidence import GroupSums, TextFigures, collect, scores
+from qscope_trl.analysis.outliers import MAX_NORM_RATIO, NormLimits, norm_limits
+from qscope_trl.analysis.text_scores import KEEP
 from qscope_trl.analysis.texts import TextGroup, prepare_group
 from qscope_trl.config.find import RANK_BY, SELECT
 from qscope_trl.errors import ConfigError, DataError
@@ -26,9 +28,55 @@ from qscope_trl.hooks.layers import find_layers
 from qscope_trl.sae.suite import SAESuite
 from qscope_trl.sae.topk_sae import TopKSAE
 
-# AUROC is too dear for every feature, so `rank_by="auroc"` ranks this many times `top` features that lead by
-# mean difference, and as many that lead by delta.
-_SHORTLIST = 10
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """Settings of a search: `find_features` says what each of them means."""
+
+    target: str
+    top: int = 10
+    select: str = "layer"
+    rank_by: str = "mean_difference"
+    positions: Positions = "all"
+    max_length: int = 512
+    max_tokens: int | None = None
+    max_norm_ratio: float = MAX_NORM_RATIO
+    batch_size: int = 8
+    holdout: float = 0.2
+    seed: int = 0
+    permutations: int = 0
+    splits: int = 0
+    bootstrap: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (("rank_by", self.rank_by, RANK_BY), ("select", self.select, SELECT)):
+            if value not in allowed:
+                raise ConfigError(f"`{name}` is {value!r}; choose one of {', '.join(allowed)}.")
+        if self.top < 1 or not 0 <= self.holdout < 1:
+            raise ConfigError(
+                f"`top` is {self.top} and `holdout` is {self.holdout}; give 1 or more, and a share from 0 to below 1."
+            )
+        for name in ("permutations", "splits", "bootstrap"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"`{name}` is {getattr(self, name)}; it is 0 for none, or a number above.")
+
+
+class Discovery(NamedTuple):
+    """What a search found, and what it read to find it: for baselines and reports."""
+
+    found: FeatureSet
+    settings: Search
+    groups: dict[str, TextGroup]
+    """Token ids of each group's texts; the target first."""
+
+    encoders: dict[int, TopKSAE]
+    sums: dict[int, dict[str, GroupSums]]
+    """Per layer and group, over the texts not held out."""
+
+    figures: dict[int, dict[str, TextFigures]]
+    """Per layer and group, of the candidates, over all texts."""
+
+    limits: NormLimits | None
 
 
 def find_features(
@@ -48,14 +96,20 @@ def find_features(
     batch_size: int = 8,
     holdout: float = 0.2,
     seed: int = 0,
+    max_norm_ratio: float = MAX_NORM_RATIO,
+    permutations: int = 0,
+    splits: int = 0,
+    bootstrap: int = 0,
     model_name: str | None = None,
     show_progress: bool = True,
 ) -> FeatureSet:
     """Choose the features that set a group of texts apart from the other groups.
 
-    Position 0 of every text is left out. Only features whose score favours the target are chosen, so there may be
-    fewer than asked for. Which texts are held out depends on their content and `seed` alone, and equal texts are held
-    out together. The whole encoder of each layer is in memory: `d_sae * d_model * 4` bytes per layer.
+    Position 0 of every text is left out, and so is any token whose residual is far longer than usual. Only features
+    whose score favours the target are chosen, so there may be fewer than asked for. Which texts are held out depends
+    on their content and `seed` alone, and equal texts are held out together. The whole encoder of each layer is in
+    memory: `d_sae * d_model * 4` bytes per layer. With `permutations` or `splits` one number per text and feature that
+    fires in it is kept, 12 bytes each.
 
     Args:
         model: The model before fine-tuning, on its device.
@@ -67,13 +121,18 @@ def find_features(
         top: Features to choose.
         select: `layer`: `top` features in each layer; `overall`: in all layers together. Scores by mean activation
             favour layers with large residuals, so use `delta` or `auroc` with `overall`.
-        rank_by: `mean_difference`, `delta`, `monolinguality` (see `evidence.scores`) or `auroc`.
+        rank_by: `mean_difference`, `delta`, `log_odds`, `monolinguality` (see `evidence.scores`) or `auroc`.
         positions: `all` tokens, or the `last` of each text: for texts that end just before a decision.
         max_length: Tokens kept of each text.
         max_tokens: Stop taking texts of a group at this many tokens; by default take all.
         batch_size: Texts in one forward.
         holdout: Share of each group's texts that takes no part in the choice, from 0 to below 1.
-        seed: Decides which texts are held out, and which are taken under `max_tokens`.
+        seed: Decides which texts are held out, which are taken under `max_tokens`, permutations, halves and resamples.
+        max_norm_ratio: Leave out tokens whose residual is longer than this many times the layer's median; 0: none.
+        permutations: Permutations for `p_value`, `q_value` and `familywise_p`; 0: none. 1000 is a start.
+        splits: Times the texts are halved for `selection_rate`; 0: none. 10 is a start.
+        bootstrap: Resamples for 95 % intervals, `..._low` and `..._high`; 0: none. 1000 is a start. Of the held-out
+            figures if there are any, else of those on the texts that features were chosen on, which flatter.
         model_name: Name of the model for the record.
         show_progress: Whether to show progress bars on stderr.
 
@@ -92,21 +151,59 @@ def find_features(
         SASFT, arXiv:2507.14894, for the choice by mean activation and the thresholds; Qwen-Scope, arXiv:2605.11887,
         section 5, for firing rates.
     """
-    _check(groups, target, rank_by, select, top, holdout)
+    search = Search(
+        target=target,
+        top=top,
+        select=select,
+        rank_by=rank_by,
+        positions=positions,
+        max_length=max_length,
+        max_tokens=max_tokens,
+        max_norm_ratio=max_norm_ratio,
+        batch_size=batch_size,
+        holdout=holdout,
+        seed=seed,
+        permutations=permutations,
+        splits=splits,
+        bootstrap=bootstrap,
+    )
+    return discover(
+        model, tokenizer, saes, groups, search, layers=layers, model_name=model_name, show_progress=show_progress
+    ).found
+
+
+def discover(
+    model: nn.Module,
+    tokenizer: Any,
+    saes: SAESuite,
+    groups: Mapping[str, Sequence[str]],
+    search: Search,
+    *,
+    layers: Sequence[int] | None = None,
+    model_name: str | None = None,
+    show_progress: bool = True,
+) -> Discovery:
+    """What `find_features` does, with everything that was read on the way."""
+    target = search.target
+    if target not in groups or len(groups) < 2:
+        raise ConfigError(
+            f"The target group `{target}` and at least one other are needed; got "
+            f"{', '.join(f'`{name}`' for name in groups) or 'no group'}."
+        )
     layers = tuple(sorted(set(saes.layers if layers is None else layers)))
-    loaded = load_encoders(model, saes, layers)
+    encoders = load_encoders(model, saes, layers)
     prepared = {
         name: prepare_group(
             name,
-            texts,
+            groups[name],
             tokenizer,
-            positions=positions,
-            max_length=max_length,
-            max_tokens=max_tokens,
-            holdout=holdout,
-            seed=seed,
+            positions=search.positions,
+            max_length=search.max_length,
+            max_tokens=search.max_tokens,
+            holdout=search.holdout,
+            seed=search.seed,
         )
-        for name, texts in groups.items()
+        for name in [target, *(name for name in groups if name != target)]
     }
 
     def encode(name: str, token_ids: list[list[int]], what: str) -> Iterator[ResidualBatch]:
@@ -114,85 +211,105 @@ def find_features(
             model,
             token_ids,
             layers,
-            batch_size=batch_size,
-            positions=positions,
+            batch_size=search.batch_size,
+            positions=search.positions,
             show_progress=show_progress,
             description=f"{what} `{name}`",
         )
 
+    limits = norm_limits(
+        model,
+        [group.kept() for group in prepared.values()],
+        layers,
+        ratio=search.max_norm_ratio,
+        positions=search.positions,
+        batch_size=search.batch_size,
+        show_progress=show_progress,
+    )
+    keep = KEEP[search.rank_by] if search.permutations or search.splits else None
     sums: dict[int, dict[str, GroupSums]] = {layer: {} for layer in layers}
     for name, group in prepared.items():
-        sinks = {layer: GroupSums(sae) for layer, sae in loaded.items()}
-        collect(encode(name, group.kept(), "searching"), sinks)
+        sinks = {layer: GroupSums(sae, keep) for layer, sae in encoders.items()}
+        collect(encode(name, group.kept(), "searching"), sinks, limits=limits)
         for layer, sink in sinks.items():
+            _require_tokens(sink, name, layer, search.max_norm_ratio)
             sums[layer][name] = sink
 
     ranking = {layer: scores(sums[layer], target) for layer in layers}
-    candidates = {layer: _candidates(ranking[layer], rank_by, top) for layer in layers}
-    if rank_by != "auroc" and select == "overall":
-        best = sorted(
-            ((float(ranking[n][rank_by][i]), n, int(i)) for n in layers for i in candidates[n]), key=lambda c: -c[0]
-        )[:top]
-        candidates = {
-            n: torch.tensor([i for _, m, i in best if m == n], device=candidates[n].device, dtype=torch.long)
-            for n in layers
-        }
-    candidates = {layer: indices for layer, indices in candidates.items() if indices.numel()}
-    if not candidates:
+    shortlist = candidates(ranking, search.rank_by, search.select, search.top)
+    if not shortlist:
         raise DataError(
-            f"No feature of layers {', '.join(map(str, layers))} has a positive `{rank_by}` for `{target}`. Search "
-            f"other layers, or give more or clearer texts."
+            f"No feature of layers {', '.join(map(str, layers))} has a positive `{search.rank_by}` for `{target}`. "
+            f"Search other layers, or give more or clearer texts."
         )
+    tests = examine_search(
+        sums,
+        {name: group.heldout.count(False) for name, group in prepared.items()},
+        rank_by=search.rank_by,
+        top=search.top,
+        permutations=search.permutations,
+        splits=search.splits,
+        seed=search.seed,
+    )
 
-    figures: dict[int, dict[str, TextFigures]] = {layer: {} for layer in candidates}
+    figures: dict[int, dict[str, TextFigures]] = {layer: {} for layer in shortlist}
+    masked = dict.fromkeys(shortlist, 0)
     for name, group in prepared.items():
-        sinks_ = {n: TextFigures(loaded[n], indices, len(group.token_ids)) for n, indices in candidates.items()}
-        collect(encode(name, group.token_ids, "measuring"), sinks_)
-        for layer, figure in sinks_.items():
-            figures[layer][name] = figure
+        measured = {n: TextFigures(encoders[n], indices, len(group.token_ids)) for n, indices in shortlist.items()}
+        for layer, count in collect(encode(name, group.token_ids, "measuring"), measured, limits=limits).items():
+            masked[layer] += count
+            figures[layer][name] = measured[layer]
 
-    found: list[tuple[float, Feature]] = []
-    for layer in candidates:
-        found.extend(_describe(layer, sums[layer], ranking[layer], figures[layer], prepared, target, rank_by))
-    chosen = _choose(found, top, select, rank_by, target)
-    return make_set(
+    described = [
+        item
+        for layer in shortlist
+        for item in describe(
+            layer,
+            sums[layer],
+            ranking[layer],
+            tests.evidence[layer],
+            figures[layer],
+            prepared,
+            rank_by=search.rank_by,
+            bootstrap=search.bootstrap,
+            seed=search.seed,
+        )
+    ]
+    chosen = choose(described, top=search.top, select=search.select, rank_by=search.rank_by, target=target)
+    found = make_set(
         chosen,
         model,
         saes,
-        loaded,
+        encoders,
         model_name=model_name,
         target_group=target,
         origin={
             "made_by": f"qscope_trl {__version__}, find_features",
             "layers": list(layers),
-            "settings": {
-                "top": top,
-                "select": select,
-                "rank_by": rank_by,
-                "positions": positions,
-                "max_length": max_length,
-                "holdout": holdout,
-                "seed": seed,
-            },
+            "settings": {name: value for name, value in asdict(search).items() if name not in _NOT_RECORDED},
             "texts": {name: group.heldout.count(False) for name, group in prepared.items()},
             "tokens": {name: sums[layers[0]][name].num_tokens for name in prepared},
             "heldout_texts": {name: group.heldout.count(True) for name, group in prepared.items()},
+            "masked": {
+                "first_positions": sum(len(group.token_ids) for group in prepared.values()),
+                "norm_outliers": {f"L{layer}": count for layer, count in masked.items()},
+                "median_norm": {} if limits is None else {f"L{layer}": limits.median[layer] for layer in shortlist},
+            },
+            **({"search": tests.summary} if tests.summary else {}),
         },
     )
+    return Discovery(found, search, prepared, encoders, sums, figures, limits)
 
 
-def _check(
-    groups: Mapping[str, Sequence[str]], target: str, rank_by: str, select: str, top: int, holdout: float
-) -> None:
-    for name, value, allowed in (("rank_by", rank_by, RANK_BY), ("select", select, SELECT)):
-        if value not in allowed:
-            raise ConfigError(f"`{name}` is {value!r}; choose one of {', '.join(allowed)}.")
-    if top < 1 or not 0 <= holdout < 1:
-        raise ConfigError(f"`top` is {top} and `holdout` is {holdout}; give 1 or more, and a share from 0 to below 1.")
-    if target not in groups or len(groups) < 2:
-        raise ConfigError(
-            f"The target group `{target}` and at least one other are needed; got "
-            f"{', '.join(f'`{name}`' for name in groups) or 'no group'}."
+# The target is on record as the set's own, and the size of batches changes no result.
+_NOT_RECORDED = ("target", "batch_size")
+
+
+def _require_tokens(sums: GroupSums, name: str, layer: int, ratio: float) -> None:
+    if not sums.num_tokens:
+        raise DataError(
+            f"No token of group `{name}` is left in layer {layer}: the residual of every one is longer than {ratio:g} "
+            f"times the median. Raise `max_norm_ratio`, or set it to 0 to keep all."
         )
 
 
@@ -220,81 +337,3 @@ def make_set(
         target_group=target_group,
         origin=origin,
     )
-
-
-def _candidates(ranking: Mapping[str, Tensor], rank_by: str, top: int) -> Tensor:
-    """Indices of the leading features with a positive score, best first."""
-    if rank_by != "auroc":
-        return _leading(ranking[rank_by], top)
-    lists = [_leading(ranking[name], _SHORTLIST * top) for name in ("mean_difference", "delta")]
-    either: Tensor = torch.unique(torch.cat(lists))
-    return either
-
-
-def _leading(score: Tensor, count: int) -> Tensor:
-    ordered = score.sort(descending=True, stable=True)
-    best: Tensor = ordered.indices[:count][ordered.values[:count] > 0]
-    return best
-
-
-def _describe(
-    layer: int,
-    sums: Mapping[str, GroupSums],
-    ranking: Mapping[str, Tensor],
-    figures: Mapping[str, TextFigures],
-    groups: Mapping[str, TextGroup],
-    target: str,
-    rank_by: str,
-) -> list[tuple[float, Feature]]:
-    """Score and record of every candidate of a layer."""
-    names = [target, *(name for name in groups if name != target)]
-    indices = figures[target].indices
-    mine, others = pool([sums[target]]), pool([sums[name] for name in names[1:]])
-    heldout = [torch.tensor(groups[name].heldout) for name in names]
-    parts = [figures[name] for name in names]
-    inside = contrast(parts[0], parts[1:], [~mask for mask in heldout])
-    outside = contrast(parts[0], parts[1:], heldout) if all(bool(mask.any()) for mask in heldout) else None
-    thresholds = {name: sums[name].mean_pre_act(indices) for name in names}
-    tokens = {name: sums[name].num_tokens for name in names[1:]}
-    pooled_S = torch.stack([thresholds[name] * n for name, n in tokens.items()]).sum(0) / sum(tokens.values())
-    result = []
-    for s, index in enumerate(indices.tolist()):
-        evidence = {
-            **_rates(mine, index, ""),
-            **_rates(others, index, "_others"),
-            **{name: float(score[index]) for name, score in ranking.items()},
-            "auroc": inside[s]["auroc"],
-            "auroc_pre_act": inside[s]["auroc_pre_act"],
-        }
-        if outside is not None:
-            evidence.update({f"heldout_{name}": value for name, value in outside[s].items()})
-        feature = Feature(
-            layer=layer,
-            index=index,
-            threshold=float(pooled_S[s]),
-            group_thresholds={name: float(thresholds[name][s]) for name in names},
-            evidence=evidence,
-        )
-        result.append((evidence[rank_by], feature))
-    return result
-
-
-def _rates(pooled: Pooled, index: int, suffix: str) -> dict[str, float]:
-    return {f"{name}{suffix}": float(value[index]) for name, value in pooled._asdict().items()}
-
-
-def _choose(found: list[tuple[float, Feature]], top: int, select: str, rank_by: str, target: str) -> list[Feature]:
-    least = 0.5 if rank_by == "auroc" else 0.0
-    ranked = sorted((item for item in found if item[0] > least), key=lambda item: (-item[0], item[1].id))
-    if select == "overall":
-        chosen = [feature for _, feature in ranked[:top]]
-    else:
-        by_layer: dict[int, list[Feature]] = {}
-        for _, feature in ranked:
-            by_layer.setdefault(feature.layer, []).append(feature)
-        chosen = [feature for layer in sorted(by_layer) for feature in by_layer[layer][:top]]
-    if not chosen:
-        raise DataError(
-            f"No feature has a `{rank_by}` that favours `{target}`. Search other layers or give more texts."
-        )
-    return chosen

@@ -1,4 +1,4 @@
-"""The figures features are chosen by: streaming sums over all features, and per-text figures of a few of them.
+"""What features are chosen by: streaming sums over all features, and per-text figures of a few of them.
 
 No tensor of all tokens by all features ever exists: sums take `d_sae` numbers per layer and group, per-text figures
 `texts x candidates`. Sums are fp64, so that the order of the texts does not matter.
@@ -9,15 +9,38 @@ Shape legend: `N` tokens of a batch, `D` d_model, `F` d_sae, `S` candidate featu
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from qscope_trl.activations.active import active_features
 from qscope_trl.activations.encode import ResidualBatch
+from qscope_trl.analysis.outliers import NormLimits
 from qscope_trl.ops.reference import pre_activations
 from qscope_trl.sae.topk_sae import TopKSAE
+
+Keep = Literal["sum", "max"]
+
+
+class Sink(Protocol):
+    """Takes the kept tokens of one layer, batch by batch; all of a text come in one batch."""
+
+    def update(self, x_ND: Tensor, text_index_N: Tensor) -> None:
+        """Add the tokens of a batch."""
+
+
+class Entries(NamedTuple):
+    """What a group's texts come to, an entry per text and feature that fires in it; on the CPU, in no order."""
+
+    text: Tensor
+    """Which text of the group, int32."""
+
+    feature: Tensor
+    """Which feature, int32."""
+
+    value: Tensor
+    """Sum or maximum of its activations over the text's tokens, fp32, positive."""
 
 
 class GroupSums:
@@ -25,13 +48,18 @@ class GroupSums:
 
     Args:
         sae: The layer's SAE.
+        keep: Also keep what every text comes to, the sum or the maximum of each feature's activations: 12 bytes per
+            text and feature that fires in it.
     """
 
-    def __init__(self, sae: TopKSAE) -> None:
+    def __init__(self, sae: TopKSAE, keep: Keep | None = None) -> None:
         device = sae.W_enc.device
         self.sae = sae
         self.num_tokens = 0
         self.num_texts = 0
+        self._keep = keep
+        self._kept: list[Entries] = []
+        self._text_tokens: list[tuple[Tensor, Tensor]] = []
         self._x_D = torch.zeros(sae.d_model, dtype=torch.float64, device=device)
         self._act_F = torch.zeros(sae.d_sae, dtype=torch.float64, device=device)
         self._tokens_F = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
@@ -40,16 +68,48 @@ class GroupSums:
     def update(self, x_ND: Tensor, text_index_N: Tensor) -> None:
         """Add the tokens of a batch; all kept tokens of a text must come in one batch."""
         F = self.sae.d_sae
+        x_ND = x_ND.to(self._x_D.device)
         text_index_N = text_index_N.to(x_ND.device)
-        pairs = []
+        keys, values = [], []
         for active in active_features(self.sae, x_ND):
             self._act_F.index_add_(0, active.feature, active.value)
             self._tokens_F += torch.bincount(active.feature, minlength=F)
-            pairs.append(torch.unique(text_index_N[active.token] * F + active.feature))
-        self._texts_F += torch.bincount(torch.unique(torch.cat(pairs)) % F, minlength=F)
+            key, value = self._by_text(text_index_N[active.token] * F + active.feature, active.value)
+            keys.append(key)
+            values.append(value)
+        key, value = (keys[0], values[0]) if len(keys) == 1 else self._by_text(torch.cat(keys), torch.cat(values))
+        self._texts_F += torch.bincount(key % F, minlength=F)
+        if self._keep is not None:
+            self._kept.append(Entries((key // F).int().cpu(), (key % F).int().cpu(), value.float().cpu()))
+        texts, counts = torch.unique(text_index_N, return_counts=True)
+        self._text_tokens.append((texts.cpu(), counts.cpu()))
         self._x_D += x_ND.double().sum(0)
         self.num_tokens += x_ND.shape[0]
-        self.num_texts += int(torch.unique(text_index_N).numel())
+        self.num_texts += texts.numel()
+
+    def _by_text(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """One entry per text and feature; without `keep` the values are not summed up."""
+        if self._keep is None:
+            return torch.unique(key), value
+        unique, place = torch.unique(key, return_inverse=True)
+        result = torch.zeros(unique.numel(), dtype=value.dtype, device=value.device)
+        if self._keep == "sum":
+            return unique, result.index_add_(0, place, value)
+        return unique, result.scatter_reduce_(0, place, value, "amax")
+
+    def entries(self) -> Entries:
+        """What every text comes to; empty unless `keep` was given."""
+        if not self._kept:
+            none = torch.zeros(0, dtype=torch.int32)
+            return Entries(none, none, none.float())
+        return Entries(*(torch.cat(column) for column in zip(*self._kept, strict=True)))
+
+    def text_tokens(self, num_texts: int) -> Tensor:
+        """Number of kept tokens of each text of the group, int64, 0 for a text without any. Shape `(X,)`."""
+        tokens_X = torch.zeros(num_texts, dtype=torch.int64)
+        for texts, counts in self._text_tokens:
+            tokens_X[texts] += counts
+        return tokens_X
 
     @property
     def act_sum(self) -> Tensor:
@@ -105,6 +165,7 @@ def scores(sums: Mapping[str, GroupSums], target: str) -> dict[str, Tensor]:
 
     * `mean_difference`: mean activation on the target's tokens minus that on all other tokens.
     * `delta`: share of the target's texts in which the feature fires, minus that of the other texts.
+    * `log_odds`: natural logarithm of the odds of firing in a target text over the odds of firing in another text.
     * `monolinguality`: mean activation on the target minus the macro-mean over the other groups.
 
     References:
@@ -112,11 +173,32 @@ def scores(sums: Mapping[str, GroupSums], target: str) -> dict[str, Tensor]:
     """
     mine, others = sums[target], [s for name, s in sums.items() if name != target]
     positive, negative = pool([mine]), pool(others)
+    others_fire = torch.stack([s.text_count for s in others]).sum(0)
     return {
         "mean_difference": positive.mean_act - negative.mean_act,
         "delta": positive.text_rate - negative.text_rate,
+        "log_odds": log_odds(mine.text_count, mine.num_texts, others_fire, sum(s.num_texts for s in others)),
         "monolinguality": mine.mean_act - torch.stack([s.mean_act for s in others]).mean(0),
     }
+
+
+def log_odds(fires: Tensor, texts: int | Tensor, fires_others: Tensor, texts_others: int | Tensor) -> Tensor:
+    """Log odds ratio of firing, half a text added to each of the four counts so that it is finite.
+
+    0 for a feature that fires in no text: with groups of unequal size the halves alone would make a difference.
+
+    Args:
+        fires: Texts of the target in which a feature fires.
+        texts: Texts of the target.
+        fires_others: Texts of the other groups in which it fires.
+        texts_others: Texts of the other groups.
+
+    References:
+        The half: Haldane (1956) and Anscombe (1956), which takes the leading term off the bias.
+    """
+    odds = (fires.double() + 0.5) / (texts - fires.double() + 0.5)
+    odds_others = (fires_others.double() + 0.5) / (texts_others - fires_others.double() + 0.5)
+    return (odds / odds_others).log().masked_fill(fires + fires_others == 0, 0.0)
 
 
 class TextFigures:
@@ -142,6 +224,7 @@ class TextFigures:
     def update(self, x_ND: Tensor, text_index_N: Tensor) -> None:
         """Add the tokens of a batch; all kept tokens of a text must come in one batch."""
         S = self.indices.numel()
+        x_ND = x_ND.to(self.sae.W_enc.device)
         text_index_N = text_index_N.to(x_ND.device)
         self.tokens_X += torch.bincount(text_index_N, minlength=self.tokens_X.numel())
         f_NS = pre_activations(x_ND, self.sae.W_enc[self.indices], self.sae.b_enc[self.indices]).double()
@@ -155,47 +238,34 @@ class TextFigures:
             self.act_max_XS.view(-1).scatter_reduce_(0, place, value, "amax")
 
 
-def collect(batches: Iterator[ResidualBatch], sinks: Mapping[int, GroupSums | TextFigures]) -> None:
-    """Feed every batch to the sink of each layer."""
-    for batch in batches:
-        for layer, sink in sinks.items():
-            x_ND = batch.residuals[layer]
-            sink.update(x_ND.to(sink.sae.W_enc.device), batch.text_index)
-
-
-def contrast(positive: TextFigures, negatives: list[TextFigures], texts: list[Tensor]) -> list[dict[str, float]]:
-    """Evidence per candidate on chosen texts: positive group against all texts of the negative ones.
+def collect(
+    batches: Iterator[ResidualBatch], *sinks: Mapping[int, Sink], limits: NormLimits | None = None
+) -> dict[int, int]:
+    """Feed every batch to the sinks of each layer.
 
     Args:
-        positive: Figures of the target group.
-        negatives: Figures of the other groups.
-        texts: Boolean masks `(X,)` of the texts that count: the target group's first, then the others'.
+        batches: What `residual_batches` yields.
+        *sinks: One sink a layer; several mappings to fill several at once.
+        limits: Which tokens to leave out, layer by layer.
 
     Returns:
-        One mapping per candidate with `mean_difference`, `delta`, `auroc` (largest activation per text) and
-        `auroc_pre_act` (largest pre-activation per text).
+        Tokens left out in each layer.
     """
-    pairs = list(zip([positive, *negatives], texts, strict=True))
-
-    def rows(name: str) -> tuple[Tensor, Tensor]:
-        parts = [getattr(figures, name)[mask.to(figures.tokens_X.device)] for figures, mask in pairs]
-        return parts[0], torch.cat(parts[1:])
-
-    tokens_pos, tokens_neg = rows("tokens_X")
-    sum_pos, sum_neg = rows("act_sum_XS")
-    max_pos, max_neg = rows("act_max_XS")
-    pre_pos, pre_neg = rows("pre_act_max_XS")
-    mean_difference = sum_pos.sum(0) / tokens_pos.sum() - sum_neg.sum(0) / tokens_neg.sum()
-    delta = (max_pos > 0).double().mean(0) - (max_neg > 0).double().mean(0)
-    return [
-        {
-            "mean_difference": float(mean_difference[s]),
-            "delta": float(delta[s]),
-            "auroc": auroc(max_pos[:, s], max_neg[:, s]),
-            "auroc_pre_act": auroc(pre_pos[:, s], pre_neg[:, s]),
-        }
-        for s in range(positive.indices.numel())
-    ]
+    layers = sorted({layer for mapping in sinks for layer in mapping})
+    masked = dict.fromkeys(layers, 0)
+    for batch in batches:
+        for layer in layers:
+            x_ND, text_index_N = batch.residuals[layer], batch.text_index
+            if limits is not None:
+                within_N = limits.within(layer, x_ND)
+                if not bool(within_N.all()):
+                    masked[layer] += int((~within_N).sum())
+                    x_ND, text_index_N = x_ND[within_N], text_index_N[within_N.to(text_index_N.device)]
+            if x_ND.shape[0]:
+                for mapping in sinks:
+                    if layer in mapping:
+                        mapping[layer].update(x_ND, text_index_N)
+    return masked
 
 
 def auroc(positive: Tensor, negative: Tensor) -> float:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qscope_trl.activations.encode import Positions, num_kept, tokenize
+from qscope_trl.bundled import data_path
 from qscope_trl.config.find import FindConfig
 from qscope_trl.errors import ConfigError, DataError
 
@@ -97,7 +98,8 @@ def prepare_group(
 def read_groups(config: FindConfig) -> tuple[dict[str, list[str]], str]:
     """The texts per group, and the target group's name.
 
-    With `positive` and `negative`, groups are named after their files (`zh.jsonl.gz` is `zh`).
+    With `positive` and `negative`, groups are named after their files (`zh.jsonl.gz` is `zh`). `demo:NAME` stands for
+    a bundled file.
 
     Raises:
         ConfigError: If groups are named twice, fewer than two, or lack the target.
@@ -105,11 +107,11 @@ def read_groups(config: FindConfig) -> tuple[dict[str, list[str]], str]:
     """
     groups: dict[str, list[str]] = {}
     if config.data:
-        groups = _split_by_column(Path(config.data), config.text_column, str(config.group_column))
+        groups = _split_by_column(Path(data_path(config.data)), config.text_column, str(config.group_column))
     else:
         for name, path in _named_files(config).items():
             groups[name] = read_texts(path, config.text_column)
-    target = config.target or _group_name(Path(str(config.positive)))
+    target = config.target or _group_name(Path(data_path(str(config.positive))))
     if target not in groups or len(groups) < 2:
         raise ConfigError(
             f"The target group `{target}` and at least one other are needed; the data has "
@@ -134,20 +136,21 @@ def read_texts(path: Path, column: str) -> list[str]:
 def _split_by_column(path: Path, column: str, group_column: str) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for row in _rows(path, column):
-        groups.setdefault(_string(path, row, group_column), []).append(_string(path, row, column))
+        groups.setdefault(_string(path, row, group_column, is_group=True), []).append(_string(path, row, column))
     return {name: _not_blank(path, texts) for name, texts in groups.items()}
 
 
 def _named_files(config: FindConfig) -> dict[str, Path]:
     if config.positive and config.negative:
-        pairs = [(_group_name(Path(path)), Path(path)) for path in (config.positive, config.negative)]
+        paths = [Path(data_path(name)) for name in (config.positive, config.negative)]
+        pairs = [(_group_name(path), path) for path in paths]
     else:
         pairs = []
         for entry in config.group:
             name, mark, path = entry.partition("=")
             if not (name and mark and path):
                 raise ConfigError(f"`--group` is {entry!r}; write it as NAME=FILE, for example zh=data/zh.jsonl.")
-            pairs.append((name, Path(path)))
+            pairs.append((name, Path(data_path(path))))
     named = dict(pairs)
     if len(named) < len(pairs):
         raise ConfigError(
@@ -188,7 +191,8 @@ def _rows(path: Path, column: str) -> Iterator[Mapping[str, Any]]:
         raise DataError(f"'{path}' cannot be read as {kind[1:]}: {err}") from err
 
 
-def _string(path: Path, row: Any, column: str) -> str:
+def _string(path: Path, row: Any, column: str, *, is_group: bool = False) -> str:
+    """A column's value; groups may also be whole numbers and booleans, which are named `1` and `true`."""
     if not isinstance(row, Mapping):
         raise DataError(f"'{path}' holds a {type(row).__name__} where a mapping with the column `{column}` belongs.")
     if column not in row:
@@ -197,6 +201,8 @@ def _string(path: Path, row: Any, column: str) -> str:
             f"`--text-column` or `--group-column`."
         )
     value = row[column]
+    if is_group and isinstance(value, bool | int):
+        return str(value).lower()
     if not isinstance(value, str):
         raise DataError(f"Column `{column}` of '{path}' holds {value!r}, which is not a string.")
     return value

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from qscope_trl import FeatureSet, SAESuite
@@ -91,6 +92,10 @@ def brute_force(model: Any, layer: int, heldout: bool) -> dict[str, np.ndarray]:
         joined = np.concatenate([values["zh"], *(values[name] for name in others)])
         return np.array([roc_auc_score(truth, joined[:, s]) for s in range(D_SAE)])
 
+    a, b = ((m > 0).sum(0) + 0.5 for m in (maxima["zh"], other_maxima))
+    c, d = ((m == 0).sum(0) + 0.5 for m in (maxima["zh"], other_maxima))
+    fires = (maxima["zh"] > 0).any(0) | (other_maxima > 0).any(0)
+
     return {
         "mean_act": acts["zh"].mean(0),
         "mean_act_others": other_acts.mean(0),
@@ -100,6 +105,7 @@ def brute_force(model: Any, layer: int, heldout: bool) -> dict[str, np.ndarray]:
         "text_rate_others": (other_maxima > 0).mean(0),
         "mean_difference": acts["zh"].mean(0) - other_acts.mean(0),
         "delta": (maxima["zh"] > 0).mean(0) - (other_maxima > 0).mean(0),
+        "log_odds": np.where(fires, np.log(a * d / (b * c)), 0.0),
         "monolinguality": acts["zh"].mean(0) - np.mean([acts[name].mean(0) for name in others], axis=0),
         "auroc": auroc(maxima),
         "auroc_pre_act": auroc(pre_maxima),
@@ -108,7 +114,7 @@ def brute_force(model: Any, layer: int, heldout: bool) -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize("rank_by", ["mean_difference", "delta", "monolinguality", "auroc"])
+@pytest.mark.parametrize("rank_by", ["mean_difference", "delta", "log_odds", "monolinguality", "auroc"])
 def test_choice_evidence_and_thresholds_equal_a_brute_force_computation(
     model: Any, saes: SAESuite, rank_by: str
 ) -> None:
@@ -165,7 +171,7 @@ def plant(model: Any, folder: Path, groups: dict[str, list[str]], layer: int, in
     return SAESuite.from_pretrained(folder, k=K)
 
 
-@pytest.mark.parametrize("rank_by", ["mean_difference", "delta", "monolinguality", "auroc"])
+@pytest.mark.parametrize("rank_by", ["mean_difference", "delta", "log_odds", "monolinguality", "auroc"])
 def test_planted_feature_is_found_first_and_holds_on_texts_held_out(model: Any, tmp_path: Path, rank_by: str) -> None:
     groups = {
         "marked": [" w95 ".join(text.split()) for text in texts("en", 30)],
@@ -177,6 +183,114 @@ def test_planted_feature_is_found_first_and_holds_on_texts_held_out(model: Any, 
     assert str(best.id) == "L0F0"  # Ties go to the lower name.
     assert best.evidence["heldout_auroc"] > 0.95
     assert best.threshold < best.group_thresholds["marked"]
+
+
+def test_planted_feature_is_significant_and_stable(model: Any, tmp_path: Path) -> None:
+    groups = {
+        "marked": [" w95 ".join(text.split()) for text in texts("en", 40)],
+        "plain": [" w41 ".join(text.split()) for text in texts("en", 40)],
+    }
+    saes = plant(model, write_saes(tmp_path, [0]), groups, 0, 0)
+    settings: dict[str, Any] = {"target": "marked", "layers": [0], "top": 3, "rank_by": "auroc"}
+    found = find(model, saes, groups, **settings, permutations=200, splits=5, bootstrap=100)
+    best = found.features[0].evidence
+    assert str(found.features[0].id) == "L0F0"
+    assert best["p_value"] == pytest.approx(1 / 201)
+    assert best["familywise_p"] == pytest.approx(1 / 201)
+    assert best["q_value"] < 0.05
+    assert best["selection_rate"] == 1.0
+    assert best["heldout_auroc_low"] > 0.9
+    # The search itself is the same as without.
+    plain = find(model, saes, groups, **settings)
+    assert plain.ids == found.ids
+    for a, b in zip(plain.features, found.features, strict=True):
+        assert a.evidence == {name: b.evidence[name] for name in a.evidence}
+
+
+def test_p_and_q_values_equal_scipys_over_every_feature_of_both_layers(model: Any, saes: SAESuite) -> None:
+    found = find(model, saes, rank_by="delta", permutations=50)
+    p: dict[tuple[int, int], float] = {}
+    for layer in LAYERS:
+        fires = {
+            name: np.stack(
+                [a.max(0) > 0 for a, _ in dense_figures(model, layer, prepare_group(name, t, tiny_tokenizer()).kept())]
+            )
+            for name, t in GROUPS.items()
+        }
+        mine, others = fires["zh"], np.concatenate([fires["en"], fires["de"]])
+        for f in range(D_SAE):
+            a, b = int(mine[:, f].sum()), int(others[:, f].sum())
+            if a + b:
+                table = [[a, len(mine) - a], [b, len(others) - b]]
+                p[layer, f] = float(stats.fisher_exact(table, alternative="greater").pvalue)
+    q = dict(zip(p, stats.false_discovery_control(list(p.values())), strict=True))
+    assert found.origin["search"]["tested_features"] == len(p)
+    assert found.origin["search"]["features_with_q_up_to_0.05"] == sum(value <= 0.05 for value in q.values())
+    for feature in found.features:
+        assert feature.evidence["p_value"] == pytest.approx(p[feature.layer, feature.index], rel=1e-9)
+        assert feature.evidence["q_value"] == pytest.approx(q[feature.layer, feature.index], rel=1e-9)
+
+
+@pytest.mark.parametrize("rank_by", ["mean_difference", "auroc", "log_odds"])
+def test_groups_that_differ_by_chance_alone_give_nothing_significant_or_stable(
+    model: Any, saes: SAESuite, rank_by: str
+) -> None:
+    pool = texts("en", 80)
+    groups = {"one": pool[:40], "other": pool[40:]}
+    found = find(model, saes, groups, target="one", rank_by=rank_by, permutations=200, splits=10)
+    assert min(f.evidence["q_value"] for f in found.features) > 0.05
+    assert min(f.evidence["familywise_p"] for f in found.features) > 0.05
+    for halves in found.origin["search"]["split_half"].values():
+        assert abs(halves["rank_correlation"]) < 0.3
+        assert halves["top_overlap"] < 0.3
+
+
+@pytest.mark.parametrize(("holdout", "prefix"), [(0.4, "heldout_"), (0, "")])
+def test_intervals_are_those_of_the_texts_held_out_if_there_are_any(
+    model: Any, saes: SAESuite, holdout: float, prefix: str
+) -> None:
+    found = find(model, saes, layers=[3], holdout=holdout, bootstrap=200)
+    for feature in found.features:
+        ends = {name for name in feature.evidence if name.endswith(("_low", "_high"))}
+        assert all(name.startswith(prefix) and name.startswith("heldout_") is bool(prefix) for name in ends)
+        assert len(ends) == 12
+        for name in ("mean_difference", "delta", "auroc"):
+            value = feature.evidence[f"{prefix}{name}"]
+            low, high = (feature.evidence[f"{prefix}{name}_{end}"] for end in ("low", "high"))
+            assert low <= value <= high
+            assert low < high
+
+
+def test_tokens_with_an_outlying_norm_are_masked_and_counted(saes: SAESuite) -> None:
+    model = tiny_model(seed=1)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[35] *= 300  # The word w35 of `en` and `de`.
+    found = find(model, saes, layers=[1], top=20)
+    ids = {name: prepare_group(name, group, tiny_tokenizer()) for name, group in GROUPS.items()}
+    count = sum(row[1:].count(35) for group in ids.values() for row in group.token_ids)
+    assert count >= 3
+    assert found.origin["masked"]["norm_outliers"] == {"L1": count}
+    assert found.origin["masked"]["first_positions"] == 48
+    assert find(model, saes, layers=[1], max_norm_ratio=0).origin["masked"]["norm_outliers"] == {"L1": 0}
+    acts = np.concatenate(
+        [
+            a[np.array(row[1:]) != 35]
+            for name in ("en", "de")
+            for row, (a, _) in zip(ids[name].kept(), dense_figures(model, 1, ids[name].kept()), strict=True)
+        ]
+    )
+    assert found.origin["tokens"]["en"] + found.origin["tokens"]["de"] == len(acts)
+    for feature in found.features:
+        assert feature.evidence["mean_act_others"] == pytest.approx(acts[:, feature.index].mean(), rel=1e-4, abs=1e-5)
+
+
+def test_a_group_of_outliers_alone_is_refused(saes: SAESuite) -> None:
+    model = tiny_model(seed=1)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[35] *= 300
+    groups = {"plain": texts("zh", 30), "odd": ["w5 w35 w35", "w6 w35"]}
+    with pytest.raises(DataError, match=r"No token of group `odd` is left in layer 1: .* longer than 10 times"):
+        find(model, saes, groups, target="plain", layers=[1])
 
 
 def test_top_counts_per_layer_or_overall(model: Any, saes: SAESuite) -> None:
@@ -246,6 +360,8 @@ def test_equal_groups_have_no_feature(model: Any, saes: SAESuite) -> None:
         ({"select": "all"}, ConfigError, "`select` is 'all'"),
         ({"top": 0}, ConfigError, "`top` is 0"),
         ({"holdout": 1.0}, ConfigError, "`holdout` is 1.0"),
+        ({"permutations": -1}, ConfigError, "`permutations` is -1; it is 0 for none, or a number above"),
+        ({"max_norm_ratio": 0.5}, ConfigError, "`max_norm_ratio` is 0.5; it is above 1"),
         ({"layers": [7]}, ModelStructureError, "No decoder layer 7"),
     ],
 )

@@ -7,6 +7,7 @@ from sklearn.metrics import roc_auc_score
 from qscope_trl.activations.active import active_features
 from qscope_trl.analysis import evidence
 from qscope_trl.analysis.evidence import GroupSums, auroc
+from qscope_trl.analysis.text_scores import KEEP, TextScores
 from qscope_trl.ops import reference
 from qscope_trl.sae.topk_sae import TopKSAE
 from tests.tiny import D_MODEL, D_SAE, K, random_sae
@@ -96,3 +97,44 @@ def test_text_figures_equal_the_dense_ones() -> None:
         # Three rows of the product are rounded in another order than all of them.
         torch.testing.assert_close(figures.pre_act_max_XS[t], pre[text == t].amax(0), rtol=1e-5, atol=1e-6)
     assert figures.tokens_X.tolist() == [7] * 7 + [1, 0]
+
+
+@pytest.mark.parametrize("keep", ["sum", "max"])
+@pytest.mark.parametrize("activation", ["topk", "relu"])
+def test_kept_entries_are_what_each_text_comes_to(
+    keep: evidence.Keep, activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Dense kinds come in chunks that cut texts in two.
+    monkeypatch.setattr(reference, "_CHUNK_ELEMENTS", 5 * D_SAE)
+    sae, (x, text) = make_sae(activation), tokens()
+    sums = GroupSums(sae, keep)
+    for rows in (text < 3, text >= 3):
+        sums.update(x[rows], text[rows])
+    found = sums.entries()
+    matrix = torch.zeros(8, D_SAE)
+    matrix[found.text.long(), found.feature.long()] = found.value
+    dense = sae.feature_acts(x)
+    wanted = torch.stack([dense[text == t].sum(0) if keep == "sum" else dense[text == t].amax(0) for t in range(8)])
+    torch.testing.assert_close(matrix, wanted, rtol=1e-5, atol=1e-6)
+    assert found.value.numel() == int((wanted > 0).sum())
+    assert sums.text_tokens(9).tolist() == [7] * 7 + [1, 0]
+    assert GroupSums(sae).entries().value.numel() == 0
+
+
+@pytest.mark.parametrize("rank_by", ["mean_difference", "delta", "log_odds", "monolinguality", "auroc"])
+def test_scores_text_by_text_equal_those_of_the_running_sums(rank_by: str) -> None:
+    sae = make_sae("topk")
+    groups, figures = {}, {}
+    every = torch.arange(D_SAE)
+    for seed, name in enumerate(("target", "one", "two")):
+        x = torch.randn(50, D_MODEL, generator=torch.Generator().manual_seed(seed))
+        groups[name], figures[name] = GroupSums(sae, KEEP[rank_by]), evidence.TextFigures(sae, every, 9)
+        for sink in (groups[name], figures[name]):
+            sink.update(x, torch.arange(50) // 7)
+    found = TextScores.of(rank_by, list(groups.values()), [9] * 3).observed()
+    if rank_by == "auroc":
+        positive, *others = [figure.act_max_XS[:8] for figure in figures.values()]
+        wanted = torch.tensor([auroc(positive[:, f], torch.cat(others)[:, f]) for f in every], dtype=torch.float64)
+    else:
+        wanted = evidence.scores(groups, "target")[rank_by]
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)

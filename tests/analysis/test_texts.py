@@ -49,6 +49,32 @@ def test_groups_are_named_after_files_columns_or_by_hand(tmp_path: Path) -> None
     assert groups == {"zh": ["w2 w3"], "en": ["w4 w5 w6"]}
 
 
+def test_bundled_texts_are_read_by_name() -> None:
+    groups, target = read_groups(config(positive="demo:find_zh", negative="demo:find_en"))
+    assert ({name: len(texts) for name, texts in groups.items()}, target) == (
+        {"find_zh": 256, "find_en": 256},
+        "find_zh",
+    )
+    groups, _ = read_groups(config(group=["a=demo:find_zh", "b=demo:find_en"], target="a"))
+    assert list(groups) == ["a", "b"]
+    groups, _ = read_groups(config(data="demo:rules_test", group_column="language", target="zh"))
+    assert sorted(groups) == ["en", "mixed", "zh"]
+    with pytest.raises(DataError, match="No data set `nothing` is bundled"):
+        read_groups(config(data="demo:nothing", group_column="language", target="zh"))
+
+
+def test_groups_may_be_whole_numbers_or_booleans(tmp_path: Path) -> None:
+    groups, _ = read_groups(config(data="demo:rules_test", group_column="switched", target="true"))
+    assert sorted(groups) == ["false", "true"]
+    path = tmp_path / "toxic.jsonl"
+    path.write_text("".join(json.dumps({"text": f"w{n}", "toxic": n % 2}) + "\n" for n in range(5)))
+    groups, target = read_groups(config(data=str(path), group_column="toxic", target="1"))
+    assert (groups, target) == ({"0": ["w0", "w2", "w4"], "1": ["w1", "w3"]}, "1")
+    path.write_text('{"text": "w1", "toxic": 0.5}\n')
+    with pytest.raises(DataError, match=r"Column `toxic` of .* holds 0\.5, which is not a string"):
+        read_groups(config(data=str(path), group_column="toxic", target="1"))
+
+
 def test_groups_that_do_not_work_are_refused(tmp_path: Path) -> None:
     zh = str(write(tmp_path / "zh.jsonl"))
     with pytest.raises(ConfigError, match="Two files would both be the group `zh`"):
