@@ -1,0 +1,1 @@
+"""`qscope doctor`: whether SAEs fit a model, measured on the user's texts."""
