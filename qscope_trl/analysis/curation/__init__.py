@@ -1,0 +1,1 @@
+"""Curation of datasets by the features of their rows."""
