@@ -1,0 +1,1 @@
+"""Steering: a model's residuals edited along SAE features while it generates."""

@@ -1,0 +1,292 @@
+"""`steer`: a block in which a model's residuals are edited along SAE features.
+
+Shape legend: `B` rows of the forward (with beam search all beams), `T` columns of the forward, `D` d_model.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qscope_trl.errors import ConfigError, ModelStructureError, QScopeWarning, SteeringError
+from qscope_trl.features import Feature, FeatureId, FeatureSet
+from qscope_trl.hooks.edit import Edit, Forward, ResidualEdits
+from qscope_trl.hooks.layers import d_model, find_layers
+from qscope_trl.rules import Rule
+from qscope_trl.sae.suite import SAESuite
+from qscope_trl.steering.direction import MODES, UNITS, LayerDirection
+from qscope_trl.steering.gate import Gate
+from qscope_trl.steering.span import PHASES, Positions, Span
+
+Features = FeatureSet | Mapping[str, float] | Sequence[str] | str | os.PathLike[str]
+
+
+class Steering:
+    """What `steer` gives: the steered block. It can be entered again; counts start anew.
+
+    Guaranteed: rows with strength 0, and positions outside `phases` and `positions`, stay bit-identical, whatever
+    else is in the batch. No hook remains after the block, however it ends. Not guaranteed: generation outside this
+    model object (vLLM, an exported copy), or in a graph that was compiled before the block; both raise at its end,
+    because nothing was steered.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        directions: Mapping[int, LayerDirection],
+        *,
+        strength: float | Sequence[float] | Tensor,
+        span: Span,
+        gate: Gate | None,
+    ) -> None:
+        self.model = model
+        self.directions = dict(directions)
+        self.strength = strength
+        self.span = span
+        self.gate = gate
+        self._first = min(directions)
+        self._strength = _strengths(strength)
+        self._is_off = not isinstance(self._strength, Tensor) and self._strength == 0
+        self._for_rows: tuple[int, Tensor | float] | None = None
+        self._columns: Tensor | None = None
+        self._gate_BT: Tensor | None = None
+        self._edits: ResidualEdits | None = None
+        self.num_forwards = 0
+        self._counts: dict[str, Any] = {}
+
+    @property
+    def num_edits(self) -> int:
+        """Tokens steered in the block: (row, position) pairs, padding apart, at the first steered layer."""
+        return int(self._counts.get("edits", 0))
+
+    @property
+    def num_active(self) -> int:
+        """Of `ablate` and `clamp`: steered tokens at which a chosen feature was active, over all layers."""
+        return int(self._counts.get("active", 0))
+
+    def __enter__(self) -> Steering:
+        if self._edits is not None:
+            raise SteeringError("This block is already steering. Make another by `steer(...)`.")
+        layers = {*self.directions, *(self.gate.layers if self.gate else ())}
+        edits = ResidualEdits(self.model, {layer: self._edit(layer) for layer in sorted(layers)}, self._on_forward)
+        edits.__enter__()
+        self._edits, self._counts, self.num_forwards = edits, {}, 0
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        edits, self._edits = self._edits, None
+        if edits is None:
+            return
+        edits.__exit__(kind, error, trace)
+        if self.gate is not None:
+            self.gate.release()
+        self._gate_BT = self._columns = None
+        if kind is None:
+            self._require_firing()
+
+    def _require_firing(self) -> None:
+        if self.num_forwards == 0:
+            raise SteeringError(
+                f"Nothing was steered: no forward of this `{type(self.model).__name__}` ran in the block. Generate "
+                f"with the model given to `steer`, not with a copy, a server, or a graph compiled before."
+            )
+        if self._is_off:
+            return
+        if self.num_edits == 0 and self.gate is None:
+            raise SteeringError(
+                f"Nothing was steered: {self.num_forwards} forwards ran, but none had a position that `phases` and "
+                f"`positions` name. Widen them."
+            )
+        modes = {direction.mode for direction in self.directions.values()}
+        if modes == {"ablate"} and self.num_edits and not self.num_active:
+            warnings.warn(
+                "No ablated feature was active at any steered token, so the text is as without steering.",
+                QScopeWarning,
+                stacklevel=3,
+            )
+
+    def _on_forward(self, forward: Forward) -> None:
+        self.num_forwards += 1
+        self.span.enter(forward)
+        self._columns, self._gate_BT = self.span.columns(forward), None
+        if self.gate is not None:
+            self.gate.enter(forward)
+
+    def _edit(self, layer: int) -> Edit:
+        direction = self.directions.get(layer)
+
+        def edit(x_BTD: Tensor, forward: Forward) -> Tensor | None:
+            if self.gate is not None and layer in self.gate.layers:
+                self.gate.read(layer, x_BTD.detach())
+            if direction is None or self._is_off:
+                return None
+            strength = self._strength_of(x_BTD)
+            mask_BT = self._mask(forward, strength, x_BTD.device)
+            delta, active_BT = direction.delta(x_BTD, strength)
+            self._count(layer, forward, mask_BT, active_BT)
+            if mask_BT is None:
+                return x_BTD + delta
+            return torch.where(mask_BT[..., None], x_BTD + delta, x_BTD)
+
+        return edit
+
+    def _strength_of(self, x_BTD: Tensor) -> Tensor | float:
+        """One strength for all rows, or one for each row of the forward: beams follow their row."""
+        if not isinstance(self._strength, Tensor):
+            return self._strength
+        rows, given = x_BTD.shape[0], self._strength.numel()
+        if self._for_rows is None or self._for_rows[0] != rows:
+            if rows % given:
+                raise ModelStructureError(
+                    f"`strength` has {given} values, one for each row, but the model ran {rows} rows. Give one value "
+                    f"for each prompt of the batch, or a single number."
+                )
+            self._for_rows = (rows, self._strength.to(x_BTD.device).repeat_interleave(rows // given))
+        return self._for_rows[1]
+
+    def _mask(self, forward: Forward, strength: Tensor | float, device: torch.device) -> Tensor | None:
+        """Where to edit, boolean, broadcastable to `(B, T)`; None: everywhere."""
+        found = None if self._columns is None else self._columns.to(device)
+        if isinstance(strength, Tensor):
+            rows = (strength != 0)[:, None]
+            found = rows if found is None else found & rows
+        if self.gate is not None:
+            if self._gate_BT is None:
+                self._gate_BT = self.gate.decide(forward, self.span)
+            gate = self._gate_BT.to(device)
+            found = gate if found is None else found & gate
+        return found
+
+    def _count(self, layer: int, forward: Forward, mask_BT: Tensor | None, active_BT: Tensor | None) -> None:
+        """Added up on the device; nothing is waited for."""
+        if layer == self._first:
+            real = self.span.num_tokens(forward, mask_BT)
+            self._counts["edits"] = self._counts.get("edits", 0) + real
+        if active_BT is not None:
+            active = active_BT if mask_BT is None else active_BT & mask_BT
+            self._counts["active"] = self._counts.get("active", 0) + active.sum()
+
+
+def steer(
+    model: nn.Module,
+    saes: SAESuite | str | os.PathLike[str],
+    features: Features,
+    *,
+    strength: float | Sequence[float] | Tensor = 1.0,
+    mode: str = "add",
+    unit: str = "raw",
+    phases: Sequence[str] = PHASES,
+    positions: Positions = None,
+    gate: Rule | str | os.PathLike[str] | None = None,
+    gate_reads: str = "prompt",
+    sae_revision: str | None = None,
+    sae_k: int | None = None,
+) -> Steering:
+    """Steer a model along SAE features while a block runs.
+
+    ```python
+    with steer(model, "Qwen/SAE-Res-Qwen3-8B-Base-W64K-L0_50", ["L20F31"], strength=20):
+        model.generate(**inputs)
+    ```
+
+    Around `generate`, a pipeline, or a plain forward; sampled, beam search, with or without a cache, padded on either
+    side, several layers and features at once.
+
+    Args:
+        model: A transformers model, wrapped or not.
+        saes: Hub id, folder, file, or an open `SAESuite`.
+        features: `FeatureSet`, path to one, names such as `L12F345`, or a mapping from name to weight.
+        strength: One number, or one for each prompt of the batch; its meaning depends on `mode` and `unit`. 0 leaves a
+            row bit-identical.
+        mode: `add`: the weighted sum of the decoder columns, times the strength, whatever the features do. `ablate`:
+            takes the features' present contribution away, all of it with strength 1. `clamp`: holds the features'
+            activations at strength times weight, also where they are not active.
+        unit: Of `add`: `raw`, times the decoder columns as in the checkpoint, or `norm`, relative to the residual's
+            own norm at each token (0.1: a tenth of it). `calibrate` finds the raw strength of a given KL divergence.
+        phases: `prompt`: the prompt's positions but the last. `generation`: the prompt's last position, which decides
+            the first new token, and every one after it.
+        positions: Positions to steer, among those of `phases`: a slice or whole numbers, from the text's first
+            token; padding does not count, and negative numbers count from the prompt's end.
+        gate: Rule, rule file or text of a rule: steer only where it holds. It reads layers up to the first steered
+            one.
+        gate_reads: `prompt`: decided once by the prompt. `text`: at every token, by the text so far.
+        sae_revision: Commit, tag or branch of a Hub repository.
+        sae_k: Active features per token, where the SAE's name does not say.
+
+    Returns:
+        A context manager that counts what it steered.
+
+    Raises:
+        ConfigError: If a setting is unknown or does not fit another.
+        ModelStructureError: If the SAEs are of another width, or a layer does not exist.
+        CheckpointError: If an SAE cannot be read.
+        FeatureSetError: If the features were made for other SAEs, or an index is out of range.
+        RuleError: If the gate cannot be read.
+        SteeringError: At the end of the block, if nothing was steered.
+
+    References:
+        Qwen-Scope, arXiv:2605.11887, section 3: `h + alpha * d`, the raw decoder column.
+        Deviation: the prompt's last position counts as generation, so that every new token is decided under steering.
+    """
+    if mode not in MODES:
+        raise ConfigError(f"`mode` is {mode!r}; choose one of {', '.join(MODES)}.")
+    if unit not in UNITS:
+        raise ConfigError(f"`unit` is {unit!r}; choose one of {', '.join(UNITS)}.")
+    if unit == "norm" and mode != "add":
+        raise ConfigError(f"`unit='norm'` is for `mode='add'`; with `{mode}` the strength is of the activations.")
+    chosen = _feature_set(features)
+    whole = SAESuite.from_pretrained(saes, revision=sae_revision, k=sae_k)
+    suite = SAESuite.from_pretrained(whole, layers=chosen.layers)
+    _check_fits(model, suite, chosen)
+    directions = {
+        layer: LayerDirection.open(suite, layer, chosen.for_layer(layer), mode, unit) for layer in chosen.layers
+    }
+    return Steering(
+        model,
+        directions,
+        strength=strength,
+        span=Span(phases, positions),
+        gate=None if gate is None else Gate(gate, whole, min(chosen.layers), gate_reads),
+    )
+
+
+def _feature_set(features: Features) -> FeatureSet:
+    if not isinstance(features, Mapping):
+        return FeatureSet.load(features)
+    ids = {FeatureId.parse(name): weight for name, weight in features.items()}
+    return FeatureSet(features=tuple(Feature(layer=i.layer, index=i.index, weight=w) for i, w in ids.items()))
+
+
+def _check_fits(model: nn.Module, suite: SAESuite, chosen: FeatureSet) -> None:
+    width, num_layers = d_model(model), len(find_layers(model))
+    for layer in chosen.layers:
+        spec = suite.spec(layer)
+        if spec.d_model != width:
+            raise ModelStructureError(
+                f"The SAE of layer {layer} in '{suite.source}' has directions of width {spec.d_model}, but "
+                f"`{type(model).__name__}` has `hidden_size={width}`. Use the SAEs made for this model."
+            )
+        fingerprints = {layer: suite.fingerprint(layer)} if layer in chosen.sae_fingerprints else None
+        chosen.check_fits(
+            d_model=width, num_layers=num_layers, d_sae=spec.d_sae, sae=suite.source, fingerprints=fingerprints
+        )
+
+
+def _strengths(strength: float | Sequence[float] | Tensor) -> Tensor | float:
+    if isinstance(strength, int | float):
+        values = torch.tensor([float(strength)])
+    else:
+        values = torch.as_tensor(strength, dtype=torch.float32).reshape(-1)
+    if not values.numel() or not bool(torch.isfinite(values).all()):
+        raise ConfigError(f"`strength` is {strength!r}; it is a finite number, or one for each row.")
+    if isinstance(strength, int | float) or not values.any():
+        return float(values[0])
+    return values
