@@ -17,9 +17,12 @@ for name in "${names[@]}"; do
   "$shared/bin/python" -c "import sysconfig; print(sysconfig.get_path('purelib'))" >"$site/shared.pth"
   "$work/$name/bin/pip" install -q -r "tests/floors/$name.txt"
   "$work/$name/bin/python" -c "import transformers, trl, torch; print(transformers.__version__, trl.__version__, torch.__version__)"
-  # The oldest has the most differences and runs all; what lies between, the equality table.
-  paths=(tests/training tests/hooks)
-  [ "$name" = oldest ] || paths=(tests/training/test_equality.py tests/training/test_equality_grpo.py tests/hooks)
+  # What lies between runs the equality table; the oldest, which has the most differences, also whatever else joins a
+  # trainer. Adapters, architectures and refusals are the same code on every version.
+  tests=(equality equality_grpo)
+  [ "$name" != oldest ] || tests+=(equality_trainers attach callback masks grpo rewards rollouts scores checkpoints)
+  paths=(tests/hooks)
+  for test in "${tests[@]}"; do paths+=("tests/training/test_$test.py"); done
   "$work/$name/bin/python" -m pytest -q -n auto -p no:cacheprovider \
     -m "not slow and not pinned and not distributed" "${paths[@]}"
 done
