@@ -6,10 +6,11 @@ what to add, where and how much; that is `qscope_trl.steering`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,29 +19,35 @@ from qscope_trl.errors import ModelStructureError
 from qscope_trl.hooks.layers import find_decoder, find_layers
 
 
-class Forward(NamedTuple):
-    """What one forward of the decoder was called with."""
+class Forward:
+    """What one forward of the decoder was called with; cache and mask are looked at only when they are asked for.
 
-    rows: int
-    """Rows of the batch; with beam search, of all beams."""
+    Args:
+        tokens: Token ids `(rows, width)`, or embeddings `(rows, width, d_model)`.
+        cache: The caller's cache object, or None.
+        mask: The caller's attention mask, of whatever kind.
+    """
 
-    width: int
-    """Positions of each row that this forward computes."""
+    def __init__(self, tokens: Tensor, cache: Any, mask: Any) -> None:
+        self.tokens = tokens
+        self.cache = cache
+        self._mask = mask
+        self.rows: int = tokens.shape[0]
+        """Rows of the batch; with beam search, of all beams."""
+        self.width: int = tokens.shape[1]
+        """Positions of each row that this forward computes."""
+        self.has_grad = torch.is_grad_enabled()
+        """Whether gradients were enabled when the decoder was entered."""
 
-    past: int
-    """Positions before them, which a cache holds."""
+    @functools.cached_property
+    def past(self) -> int:
+        """Positions before them, which the cache holds. Ask before the first layer has filled it further."""
+        return 0 if self.cache is None else int(self.cache.get_seq_length())
 
-    tokens: Tensor
-    """Token ids `(rows, width)`, or embeddings `(rows, width, d_model)`."""
-
-    attention_mask: Tensor | None
-    """Which of the `past + width` positions hold a token, boolean; None if all do."""
-
-    cache: Any
-    """The caller's cache object, or None."""
-
-    has_grad: bool
-    """Whether gradients were enabled when the decoder was entered."""
+    @functools.cached_property
+    def attention_mask(self) -> Tensor | None:
+        """Which of the `past + width` positions hold a token, boolean; None if all do."""
+        return _real_tokens(self._mask, self.past + self.width)
 
 
 Edit = Callable[[Tensor, Forward], Tensor | None]
@@ -181,11 +188,7 @@ def _read_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Forward:
     tokens = args[0] if args and isinstance(args[0], Tensor) else kwargs.get("input_ids")
     if tokens is None:
         tokens = kwargs["inputs_embeds"]
-    cache = kwargs.get("past_key_values")
-    past = 0 if cache is None else int(cache.get_seq_length())
-    rows, width = tokens.shape[:2]
-    mask = _real_tokens(kwargs.get("attention_mask"), past + width)
-    return Forward(rows, width, past, tokens, mask, cache, torch.is_grad_enabled())
+    return Forward(tokens, kwargs.get("past_key_values"), kwargs.get("attention_mask"))
 
 
 def _real_tokens(mask: Any, length: int) -> Tensor | None:

@@ -115,8 +115,12 @@ class Steering:
 
     def _on_forward(self, forward: Forward) -> None:
         self.num_forwards += 1
+        self._columns, self._gate_BT = None, None
+        if self.gate is None and self.span.is_everywhere and forward.width == 1:
+            # A decode step, steered whatever its place: nothing has to be looked up.
+            return
         self.span.enter(forward)
-        self._columns, self._gate_BT = self.span.columns(forward), None
+        self._columns = self.span.columns(forward)
         if self.gate is not None:
             self.gate.enter(forward)
 
@@ -168,7 +172,10 @@ class Steering:
     def _count(self, layer: int, forward: Forward, mask_BT: Tensor | None, active_BT: Tensor | None) -> None:
         """Added up on the device; nothing is waited for."""
         if layer == self._first:
-            real = self.span.num_tokens(forward, mask_BT)
+            if forward.width == 1:
+                real = forward.rows if mask_BT is None else mask_BT.expand(forward.rows, 1).sum()
+            else:
+                real = self.span.num_tokens(forward, mask_BT)
             self._counts["edits"] = self._counts.get("edits", 0) + real
         if active_BT is not None:
             active = active_BT if mask_BT is None else active_BT & mask_BT
