@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from qscope_trl import FeatureSet, SAESuite
 from qscope_trl.errors import ConfigError, FeatureSetError, ModelStructureError, QScopeWarning, SteeringError
 from qscope_trl.hooks.layers import find_layers
 from qscope_trl.steering.steer import steer
-from tests.tiny import D_SAE, K, random_sae, tiny_model, write_saes
+from tests.tiny import D_SAE, K, random_sae, tiny_model, tiny_tokenizer, write_saes
 
 LENGTHS = (7, 3, 5)
 FEATURES = {"L1F3": 1.0, "L1F9": -0.5, "L2F40": 0.7}
@@ -369,3 +370,26 @@ def test_lora_is_steered_as_its_merged_model(model: Any, saes: Path, texts: list
     merged.generation_config = model.generation_config
     with steer(merged, saes, FEATURES, strength=2.0, sae_k=K):
         assert torch.allclose(generate(merged, batch(texts)), found, atol=1e-3)
+
+
+def test_a_pipeline_is_steered_as_generate_is(model: Any, saes: Path) -> None:
+    from transformers import pipeline
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.padding_side = "left"
+    prompts = ["w5 w6 w7 w8", "w9 w10"]
+    write = pipeline("text-generation", model=model, tokenizer=tokenizer, batch_size=2, device="cpu")
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with steer(model, saes, FEATURES, strength=3.0, sae_k=K) as steering:
+            found = [made[0]["generated_text"] for made in write(prompts, **settings)]
+        assert steering.num_edits == 4 + 2 + 2 * 4
+        with steer(model, saes, FEATURES, strength=3.0, sae_k=K):
+            wanted = model.generate(**inputs, **settings)
+        plain = [made[0]["generated_text"] for made in write(prompts, **settings)]
+    # A pipeline sets the new text behind the prompt as it was written, without the space of this tokenizer.
+    new = tokenizer.batch_decode(wanted[:, -5:], skip_special_tokens=True)
+    assert found == [prompt + text for prompt, text in zip(prompts, new, strict=True)]
+    assert found != plain
