@@ -11,15 +11,27 @@ import sys
 from collections.abc import Callable, Sequence
 
 from qscope_trl._version import __version__
-from qscope_trl.errors import ConfigError, QScopeError
+from qscope_trl.errors import ConfigError, QScopeError, RuleError
 
 _ABOUT = {
     "sft": "fine-tune with a feature penalty, from one YAML file and flags",
     "grpo": "the same for GRPO, with feature rewards and rollout policies",
     "plan": "the GPU memory such a run needs, from its YAML file, before anything is downloaded",
     "find": "find the features of a behaviour by contrast, and write them to a file",
+    "doctor": "whether SAEs fit a model, on your texts",
+    "index": "the features of a whole dataset, stored on disk",
+    "rules": "rules over features: check, explain, learn, evaluate",
+    "curate": "filter, tag, deduplicate and rebalance a dataset by features",
+    "synthesize": "generate texts for features that a dataset does not cover",
+    "evalmap": "which evaluation sets measure the same thing, by the features of their samples",
+    "steer": "plain and steered text side by side, calibration, sweeps with controls, exports",
     "demo": "the whole job on a small bundled model: find, fine-tune, compare",
     "build": "compile the kernels ahead of time, instead of on first use",
+}
+
+_GOES_ON = {
+    "index": "The same command goes on from here.",
+    "synthesize": "The same command goes on from here with `--resume`.",
 }
 
 
@@ -30,15 +42,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Command line without the program's name; by default the process's own.
 
     Returns:
-        Exit code: 0, or 2 after an error that is the user's to mend. `QSCOPE_TRL_DEBUG=1` shows its traceback.
+        Exit code: 0 (`doctor` also 1 or 3), 2 after an error that is the user's to mend, or 130 after Ctrl-C.
+        `QSCOPE_TRL_DEBUG=1` shows their tracebacks.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(argv)
-    except QScopeError as err:
+    except KeyboardInterrupt:
         if os.environ.get("QSCOPE_TRL_DEBUG") == "1":
             raise
-        sys.stderr.write(f"error: {' '.join(str(err).split())}\n")
+        sys.stderr.write(f"\ninterrupted. {_GOES_ON.get(''.join(argv[:1]), '')}".rstrip() + "\n")
+        return 130
+    # An OSError is a disk that is full, a path that may not be written to, or a server that does not answer.
+    except (QScopeError, OSError) as err:
+        if os.environ.get("QSCOPE_TRL_DEBUG") == "1":
+            raise
+        # A rule's error shows the place in a line of its own.
+        shown = str(err) if isinstance(err, RuleError) else " ".join(str(err).split())
+        sys.stderr.write(f"error: {shown}\n")
         return 2
 
 
@@ -65,6 +86,13 @@ def _dispatch(argv: list[str]) -> int:
         "grpo": _grpo,
         "plan": _plan,
         "find": _find,
+        "doctor": _doctor,
+        "index": _index,
+        "rules": _rules,
+        "curate": _curate,
+        "synthesize": _synthesize,
+        "evalmap": _evalmap,
+        "steer": _steer,
         "demo": _demo,
         "build": _build,
     }
@@ -126,8 +154,98 @@ def _find(argv: list[str]) -> int:
 
     found = find_run.run(config)
     sys.stdout.write(find_run.format_table(found))
+    sys.stdout.write(find_run.format_notes(found))
     what = f"`{found.target_group}`" if found.target_group else "repetition"
     sys.stdout.write(f"{len(found)} features of {what} written to {config.output}\n")
+    if config.report:
+        sys.stdout.write(f"Report written to {config.report}\n")
+    return 0
+
+
+def _doctor(argv: list[str]) -> int:
+    from qscope_trl.config.doctor import DoctorConfig
+    from qscope_trl.parsing import parse_flags
+
+    config = parse_flags(argv, DoctorConfig, prog="qscope doctor", description="Whether SAEs fit a model.")
+
+    from qscope_trl.analysis.doctor import run
+
+    result = run.run(config)
+    sys.stdout.write(run.format_result(result))
+    return result.exit_code
+
+
+def _index(argv: list[str]) -> int:
+    from qscope_trl.config.index import IndexConfig
+    from qscope_trl.parsing import parse_flags
+
+    config = parse_flags(argv, IndexConfig, prog="qscope index", description="Store a dataset's features on disk.")
+
+    from qscope_trl.activations import index_run
+
+    result = index_run.run(config)
+    if result.is_main_process:
+        sys.stdout.write(index_run.format_result(result))
+    return 0
+
+
+def _rules(argv: list[str]) -> int:
+    from qscope_trl.analysis.rules.command import main as rules
+
+    return rules(argv)
+
+
+def _curate(argv: list[str]) -> int:
+    from qscope_trl.config.curate import CurateConfig
+    from qscope_trl.parsing import parse_flags
+
+    config = parse_flags(argv, CurateConfig, prog="qscope curate", description="Curate a dataset by its features.")
+
+    from qscope_trl.analysis.curation import run
+
+    sys.stdout.write(run.format_result(run.run(config)))
+    return 0
+
+
+def _synthesize(argv: list[str]) -> int:
+    from qscope_trl.config.synthesize import SynthesizeConfig
+    from qscope_trl.parsing import parse_flags
+
+    config = parse_flags(
+        argv, SynthesizeConfig, prog="qscope synthesize", description="Generate texts for features not covered."
+    )
+
+    from qscope_trl.analysis.synthesis import run
+
+    sys.stdout.write(run.format_result(run.run(config)))
+    return 0
+
+
+def _evalmap(argv: list[str]) -> int:
+    from qscope_trl.config.evalmap import EvalmapConfig
+    from qscope_trl.parsing import parse_flags
+
+    config = parse_flags(argv, EvalmapConfig, prog="qscope evalmap", description="Map evaluation sets by features.")
+
+    from qscope_trl.analysis.evalmap import run
+
+    sys.stdout.write(run.format_result(run.run(config)))
+    return 0
+
+
+def _steer(argv: list[str]) -> int:
+    from qscope_trl.config.steer import SteerConfig
+    from qscope_trl.parsing import parse_flags
+
+    # argparse takes `-8,-4` for a flag.
+    signed = [n for n, word in enumerate(argv[:-1]) if word == "--sweep" and argv[n + 1][:1] == "-"]
+    for place in reversed(signed):
+        argv[place : place + 2] = [f"--sweep={argv[place + 1]}"]
+    config = parse_flags(argv, SteerConfig, prog="qscope steer", description="Steer a model along SAE features.")
+
+    from qscope_trl.steering import run
+
+    sys.stdout.write(run.format_result(run.run(config)))
     return 0
 
 

@@ -27,6 +27,32 @@ def write_whole(path: Path, text: str) -> None:
         raise
 
 
+def check_output(setting: str, path: str | None, *, is_folder: bool = False) -> None:
+    """Say before the work begins, and not after it, that its output could not be written.
+
+    Args:
+        setting: Name of the setting, for messages.
+        path: Its value; nothing is checked without one.
+        is_folder: Whether it is to be a folder, which may be there already.
+
+    Raises:
+        ConfigError: If a file has the folder's name or a folder the file's, or the place cannot be written to.
+    """
+    if not path:
+        return
+    if os.path.isdir(path) and not is_folder:
+        raise ConfigError(f"`{setting}` is '{path}', which is a folder. Name a file in it.")
+    if os.path.isfile(path) and is_folder:
+        raise ConfigError(f"`{setting}` is '{path}', which is a file; it is a folder to make.")
+    place = Path(path) if is_folder else Path(path).parent
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    if not os.path.isdir(place):
+        raise ConfigError(f"`{setting}` is '{path}', but '{place}' is no folder, so nothing can be written there.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"`{setting}` is '{path}', but '{place}' may not be written to.")
+
+
 def read_yaml_mapping(path: Path, *, what: str, examples: str) -> dict[str, Any]:
     """The mapping in a YAML file.
 

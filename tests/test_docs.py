@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qscope_trl import FeatureSet
+from qscope_trl.cli import main
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "CI": "1"}
@@ -96,3 +100,29 @@ def test_python_of_the_docs_runs_in_order(name: str, tmp_path: Path) -> None:
         assert chosen.layers == (4, 5)
         assert {"L4F1740", "L5F23"} <= {str(feature) for feature in chosen.ids}
         assert all(feature.evidence["heldout_mean_difference"] > 0 for feature in chosen.features)
+
+
+# Pages whose commands and Python all run, in order, in one folder and one process.
+WHOLE_PAGES = ("curate.md", "doctor.md", "evalmap.md", "index.md", "rules.md", "steer.md", "synthesize.md")
+
+
+@pytest.mark.parametrize("name", WHOLE_PAGES)
+def test_commands_and_python_of_the_docs_run_in_order(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    found = re.findall(r"^```(bash|python)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert {language for language, _ in found} == {"bash", "python"}
+    monkeypatch.chdir(tmp_path)
+    variables: dict[str, Any] = {"__name__": "__main__"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for language, block in found:
+            if language == "python":
+                exec(compile(block, name, "exec"), variables)
+                continue
+            for command in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(command, comments=True)
+                if words:
+                    assert words[0] == "qscope", command
+                    assert main(words[1:]) == 0, command

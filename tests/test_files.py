@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qscope_trl.errors import ConfigError
-from qscope_trl.files import read_yaml_mapping, write_whole
+from qscope_trl.files import check_output, read_yaml_mapping, write_whole
 
 
 def test_a_file_is_written_with_its_folder_and_the_usual_permissions(tmp_path: Path) -> None:
@@ -48,3 +48,23 @@ def test_what_is_no_mapping_of_names_is_refused(text: str | None, message: str, 
         (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_yaml_mapping(tmp_path / "a.yaml", what="thing", examples="there/")
+
+
+def test_outputs_that_cannot_be_written_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    for good in (None, "", "new.json", str(tmp_path / "file"), str(tmp_path / "new" / "deep" / "a.json")):
+        check_output("json", good)
+    for good in (str(tmp_path / "folder"), str(tmp_path / "new" / "deep"), "new"):
+        check_output("output", good, is_folder=True)
+    with pytest.raises(ConfigError, match=r"`json` is '.*folder', which is a folder. Name a file in it"):
+        check_output("json", str(tmp_path / "folder"))
+    for below in ("file/a.json", "file/deep/a.json"):
+        with pytest.raises(ConfigError, match=rf"`json` is '.*{below}', but '.*file' is no folder, so nothing can"):
+            check_output("json", str(tmp_path / below))
+    with pytest.raises(ConfigError, match=r"`output` is '.*file', which is a file; it is a folder to make"):
+        check_output("output", str(tmp_path / "file"), is_folder=True)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ConfigError, match=r"`json` is '.*a\.json', but '.*folder' may not be written to"):
+        check_output("json", str(tmp_path / "folder" / "a.json"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]

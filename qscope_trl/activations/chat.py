@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from qscope_trl.activations.opening import open_tokenizer
 from qscope_trl.activations.sources import ChatRenderer
 from qscope_trl.errors import DataError
 
@@ -36,5 +37,27 @@ def chat_renderer(tokenizer: Any, *, name: str) -> ChatRenderer:
         except (TemplateError, TypeError, ValueError, KeyError) as err:
             raise DataError(f"The chat template of '{name}' refuses a conversation: {err}") from err
         return text.removeprefix(bos) if adds_bos and bos is not None else text
+
+    return render
+
+
+def model_chat_renderer(model: str, *, revision: str | None = None) -> ChatRenderer:
+    """`chat_renderer` for commands that read texts before they load the model.
+
+    The tokenizer is loaded when the first conversation comes, so data without any need none.
+
+    Args:
+        model: Hub id, folder, or `demo` for the bundled one.
+        revision: Its commit, tag or branch.
+
+    Returns:
+        As `chat_renderer`; raises `ConfigError` too, if the tokenizer cannot be loaded.
+    """
+    found: list[ChatRenderer] = []
+
+    def render(messages: list[Any]) -> str:
+        if not found:
+            found.append(chat_renderer(open_tokenizer(model, revision=revision), name=model))
+        return found[0](messages)
 
     return render

@@ -111,6 +111,18 @@ class FeatureTable:
         tokens = None if self.num_tokens is None else self.num_tokens[documents]
         return FeatureTable(self.features, {name: v[documents] for name, v in self.columns.items()}, tokens)
 
+    def followed_by(self, other: FeatureTable) -> FeatureTable:
+        """The documents of both tables, which have the same columns, one after another.
+
+        Raises:
+            ConfigError: If they have other features or aggregations.
+        """
+        if (self.features, set(self.columns)) != (other.features, set(other.columns)):
+            raise ConfigError("Two feature tables with other features or aggregations cannot be joined.")
+        columns = {name: np.concatenate([values, other.columns[name]]) for name, values in self.columns.items()}
+        known = [counts for counts in (self.num_tokens, other.num_tokens) if counts is not None]
+        return FeatureTable(self.features, columns, np.concatenate(known) if len(known) == 2 else None)
+
 
 class TokenActs(NamedTuple):
     """Activations of chosen features along one text."""
@@ -130,11 +142,13 @@ class TableEncoder:
         tokenizer: Its tokenizer.
         saes: Its SAEs; those of the features' layers are loaded here.
         features: Which features.
+        aggregations: In which aggregations; the table takes `4 * texts * features` bytes for each.
         max_length: Tokens kept of each text: its first ones.
         batch_size: Texts in one forward.
         show_progress: Whether to show a progress bar on stderr.
 
     Raises:
+        ConfigError: If no feature is given, or an aggregation is unknown.
         FeatureSetError: If a feature's index is out of range.
         CheckpointError: If a layer has no SAE.
         ModelStructureError: If the SAEs do not fit the model.
@@ -147,13 +161,16 @@ class TableEncoder:
         saes: SAESuite,
         features: Sequence[FeatureId],
         *,
+        aggregations: Sequence[str] = AGGREGATIONS,
         max_length: int = 512,
         batch_size: int = 8,
         show_progress: bool = True,
     ) -> None:
-        self.features = tuple(features)
+        self.features, self.aggregations = tuple(features), tuple(aggregations)
         if not self.features:
             raise ConfigError("No feature is given, so there is nothing to encode.")
+        for name in self.aggregations:
+            _require_aggregation(name)
         layers = sorted({feature.layer for feature in self.features})
         for feature in self.features:
             d_sae = saes.spec(feature.layer).d_sae
@@ -181,7 +198,7 @@ class TableEncoder:
         """
         ids = tokenize(self.tokenizer, texts, max_length=self.max_length)
         shape = (len(texts), len(self.features))
-        columns = {name: np.zeros(shape, dtype=np.float32) for name in AGGREGATIONS}
+        columns = {name: np.zeros(shape, dtype=np.float32) for name in self.aggregations}
         num_tokens = np.array([num_kept(len(row)) for row in ids], dtype=np.int64)
         if num_tokens.any():
             batches = document_batches(
@@ -225,6 +242,7 @@ def encode_table(
     texts: Sequence[str],
     features: Sequence[FeatureId],
     *,
+    aggregations: Sequence[str] = AGGREGATIONS,
     max_length: int = 512,
     batch_size: int = 8,
     show_progress: bool = True,
@@ -235,6 +253,7 @@ def encode_table(
         tokenizer,
         saes,
         features,
+        aggregations=aggregations,
         max_length=max_length,
         batch_size=batch_size,
         show_progress=show_progress,
@@ -242,16 +261,18 @@ def encode_table(
     return encoder(texts)
 
 
-def table_from_store(store: FeatureStore, features: Sequence[FeatureId]) -> FeatureTable:
-    """Values of chosen features over all rows of a store, in every aggregation it has.
+def table_from_store(
+    store: FeatureStore, features: Sequence[FeatureId], aggregations: Sequence[str] | None = None
+) -> FeatureTable:
+    """Values of chosen features over all rows of a store, in some aggregations or in every one that it has.
 
     Raises:
-        ConfigError: If no feature is given, the store lacks its layer, or an index is out of range.
+        ConfigError: If no feature is given, the store lacks its layer or an aggregation, or an index is out of range.
         DataError: If a shard of the store is damaged.
     """
     if not features:
         raise ConfigError("No feature is given, so there is nothing to read.")
-    columns = {name: store.values(features, name) for name in store.aggregations}
+    columns = {name: store.values(features, name) for name in aggregations or store.aggregations}
     return FeatureTable(features, columns, store.token_counts())
 
 

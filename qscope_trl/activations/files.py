@@ -9,6 +9,8 @@ import csv
 import gzip
 import hashlib
 import json
+import re
+import zlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +26,10 @@ _BATCH_ROWS = 1000
 _CSV_BLOCK = 16 * 1024 * 1024
 _BUFFER = 1024 * 1024
 
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_DESCRIPTION = re.compile(r"(?i)(readme|license|dataset_infos?|dataset_dict)\b")
+
 
 def kind_of(path: Path) -> str:
     """The kind by a file's ending, without `.gz`; empty if there is none."""
@@ -36,6 +42,36 @@ def kind_of(path: Path) -> str:
 def is_data_file(path: Path) -> bool:
     """Whether a file's ending names a kind that can be read."""
     return kind_of(path) in KINDS
+
+
+def whole(value: Any) -> Any:
+    """A text, or a row, with U+FFFD for each half of a character: neither tokenizers nor files take lone surrogates.
+
+    JSON can hold them, as escapes, and no other kind of file can.
+    """
+    if isinstance(value, str):
+        return _LONE_SURROGATE.sub("\ufffd", value)
+    if isinstance(value, list):
+        return [whole(item) for item in value]
+    return {whole(key): whole(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def left_out_kinds(folder: Path, taken: Sequence[Path]) -> list[str]:
+    """Kinds of the data files in a folder, at any depth, of which none is taken.
+
+    Files that `datasets` never takes for data do not count: hidden ones, and the folder's own description, in which
+    `configs` may also say what the data are.
+    """
+    card = folder / "README.md"
+    if card.is_file() and re.search(r"(?m)^configs:", card.read_text(encoding="utf-8", errors="replace")):
+        return []
+    found = set()
+    for path in folder.rglob("*"):
+        inside = path.relative_to(folder).parts
+        hidden = any(part.startswith((".", "__")) for part in inside)
+        if not hidden and not _DESCRIPTION.match(path.name) and path.is_file() and is_data_file(path):
+            found.add(kind_of(path))
+    return sorted(found - {kind_of(path) for path in taken})
 
 
 class Files:
@@ -128,7 +164,7 @@ def read_rows(path: Path, start: int = 0, columns: Sequence[str] | None = None) 
     except DataError:
         raise
     # pyarrow's errors derive from ValueError or OSError.
-    except (OSError, EOFError, ValueError) as err:
+    except (OSError, EOFError, ValueError, zlib.error) as err:
         raise DataError(f"'{path}' cannot be read as {kind[1:]}: {err}") from err
 
 
@@ -151,7 +187,7 @@ def count_rows(path: Path) -> int:
         return sum(1 for _ in read_rows(path))
     except DataError:
         raise
-    except (OSError, EOFError, ValueError) as err:
+    except (OSError, EOFError, ValueError, zlib.error) as err:
         raise DataError(f"'{path}' cannot be read as {kind[1:]}: {err}") from err
 
 
@@ -188,7 +224,7 @@ def _json_lines(path: Path, start: int, _columns: Sequence[str] | None) -> Itera
             if place < start:
                 continue
             try:
-                row = json.loads(line)
+                row = _loads(line)
             except ValueError as err:
                 raise DataError(f"Line {number} of '{path}' is not JSON: {err}") from err
             yield _mapping(row, f"Line {number} of '{path}'")
@@ -200,12 +236,17 @@ def _json(path: Path, start: int, columns: Sequence[str] | None) -> Iterator[dic
         while head.isspace():
             head = file.read(1)
         if head == "[":
-            for place, row in enumerate(json.loads(head + file.read())):
+            for place, row in enumerate(_loads(head + file.read())):
                 if place >= start:
                     yield _mapping(row, f"Entry {place} of '{path}'")
             return
     # Many datasets call JSON lines `.json`.
     yield from _json_lines(path, start, columns)
+
+
+def _loads(text: str) -> Any:
+    found = json.loads(text)
+    return whole(found) if _ESCAPED_SURROGATE.search(text) else found
 
 
 def _mapping(row: Any, where: str) -> dict[str, Any]:

@@ -116,6 +116,7 @@ def run(config: IndexConfig, *, show_progress: bool = True) -> Indexed:
         )
         opened = open_all(config)
     job = _Job(config, source, opened, columns)
+    job.check_first_row()
     folder = Path(config.output)
     if not state.is_main_process:
         job.write(folder, _from_main(state, None), state, show_progress=False)
@@ -179,6 +180,17 @@ class _Job:
             batch_size=config.batch_size,
             skip_first=config.skip_first,
         )
+
+    def check_first_row(self) -> None:
+        """Read the first row's text, so that a wrong column is told before anything is written.
+
+        Raises:
+            DataError: If there is no row, or it has no text.
+        """
+        first = next(self.source.rows(columns=self.columns), None)
+        if first is None:
+            raise DataError(f"'{self.source.name}' has no rows, so there is nothing to index.")
+        self._text(*first)
 
     def manifest(self) -> dict[str, Any]:
         """What the store is made of."""
@@ -265,18 +277,14 @@ class _Job:
             if index in chosen:
                 yield index, block
 
+    def _text(self, index: int, row: dict[str, Any]) -> str:
+        return text_of(
+            row, text_column=self.config.text_column, source_name=self.source.name, index=index, chat=self.chat
+        )
+
     def _write_shard(self, folder: Path, index: int, rows: Sequence[dict[str, Any]], bar: Any) -> None:
         first = index * self.config.shard_size
-        texts = [
-            text_of(
-                row,
-                text_column=self.config.text_column,
-                source_name=self.source.name,
-                index=first + place,
-                chat=self.chat,
-            )
-            for place, row in enumerate(rows)
-        ]
+        texts = [self._text(first + place, row) for place, row in enumerate(rows)]
         ids: list[list[int]] = []
         for start in range(0, len(texts), _TOKENIZE):
             block = texts[start : start + _TOKENIZE]
@@ -310,8 +318,4 @@ def _from_main(state: PartialState, value: Any) -> Any:
 
 def _num_rows(config: IndexConfig, source: RowSource) -> int | None:
     counted = source.num_rows
-    if counted is None:
-        return None
-    if counted == 0:
-        raise DataError(f"'{source.name}' has no rows, so there is nothing to index.")
-    return counted if config.max_rows is None else min(counted, config.max_rows)
+    return counted if counted is None or config.max_rows is None else min(counted, config.max_rows)

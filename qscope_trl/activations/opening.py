@@ -55,16 +55,30 @@ def open_model(
     Raises:
         ConfigError: If it cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     auto_model: Any = AutoModelForCausalLM
     wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
+    tokenizer = open_tokenizer(name, revision=revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_path(name), revision=revision)
         model = auto_model.from_pretrained(model_path(name), revision=revision, dtype=wanted)
     except (OSError, ValueError) as err:
         raise ConfigError(f"The model '{name}' cannot be loaded: {err}") from err
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
+
+
+def open_tokenizer(name: str, *, revision: str | None = None) -> Any:
+    """A model's tokenizer alone; see `open_model`.
+
+    Raises:
+        ConfigError: If it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model_path(name), revision=revision)
+    except (OSError, ValueError) as err:
+        raise ConfigError(f"The model '{name}' cannot be loaded: {err}") from err
 
 
 def load_encoders(

@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import nn
 
+from qscope_trl.activations.chat import chat_renderer
 from qscope_trl.activations.feature_table import TableEncoder
 from qscope_trl.activations.opening import open_model
-from qscope_trl.activations.sources import text_of
+from qscope_trl.activations.sources import ChatRenderer, text_of
 from qscope_trl.bundled import sae_path
 from qscope_trl.errors import ConfigError
 from qscope_trl.features import FeatureSet
@@ -38,7 +39,7 @@ class RuleFilter:
         saes: Hub id, folder, file, `demo`, or an open `SAESuite`.
         tokenizer: Tokenizer of a model given as an object.
         sets: FeatureSets by the name that the rule uses.
-        text_column: Column of the text; `prompt+completion` joins several.
+        text_column: Column of the text; `prompt+completion` joins several. Conversations go through the chat template.
         keep: `matching` keeps rows for which the rule holds, `others` the rest.
         max_length: Tokens kept of each text: its first ones.
         batch_size: Texts in one forward.
@@ -82,9 +83,10 @@ class RuleFilter:
         self._model_settings = {"revision": model_revision, "dtype": dtype, "device": device}
         self._sae_settings = {"revision": sae_revision, "k": sae_k}
         self._encoder: TableEncoder | None = None
+        self._chat: ChatRenderer | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_encoder": None}
+        return {**self.__dict__, "_encoder": None, "_chat": None}
 
     @property
     def encoder(self) -> TableEncoder:
@@ -107,11 +109,18 @@ class RuleFilter:
                 tokenizer,
                 saes,
                 self.rule.features,
+                aggregations=sorted({aggregation for _, aggregation in self.rule.needs}),
                 max_length=self.max_length,
                 batch_size=self.batch_size,
                 show_progress=False,
             )
         return self._encoder
+
+    def _render(self, messages: list[Any]) -> str:
+        if self._chat is None:
+            name = self._model if isinstance(self._model, str) else type(self._model).__name__
+            self._chat = chat_renderer(self.encoder.tokenizer, name=name)
+        return self._chat(messages)
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> list[bool]:
         """Whether each row of a batch stays.
@@ -125,7 +134,7 @@ class RuleFilter:
         names = list(batch)
         rows = [dict(zip(names, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         texts = [
-            text_of(row, text_column=self.text_column, source_name="batch", index=place)
+            text_of(row, text_column=self.text_column, source_name="batch", index=place, chat=self._render)
             for place, row in enumerate(rows)
         ]
         if not texts:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qscope_trl.activations.files import KINDS, Files, is_data_file
+from qscope_trl.activations.files import KINDS, Files, is_data_file, kind_of, left_out_kinds, whole
 from qscope_trl.bundled import data_path
 from qscope_trl.errors import ConfigError, DataError
 
@@ -165,7 +165,7 @@ def text_of(
         chat: Renders a conversation.
 
     Returns:
-        The text. A null counts as an empty one.
+        The text, half characters replaced as by `whole`. A null counts as an empty one.
 
     Raises:
         DataError: If a column is missing, or holds something else than a text, or a conversation without `chat`.
@@ -190,11 +190,11 @@ def text_of(
             raise DataError(
                 f"{where} holds a conversation in column `{names[0]}`, and no chat template is at hand to render it."
             )
-        return chat([message for value in values for message in value])
+        return str(whole(chat([message for value in values for message in value])))
     for name, value in zip(names, values, strict=True):
         if value is not None and not isinstance(value, str):
             raise DataError(f"{where} holds {_short(value)} in column `{name}`, which is not a text.")
-    return "".join(value or "" for value in values)
+    return str(whole("".join(value or "" for value in values)))
 
 
 def _is_chat(value: Any) -> bool:
@@ -358,6 +358,7 @@ def _listed(
         if Path(place).is_dir():
             if chosen not in data_files:
                 raise ConfigError(f"`split` is {chosen!r}; of a local folder it is the name of a split alone.")
+            _refuse_mixed(name, Path(place), [str(file) for files in data_files.values() for file in files])
             return FileRows(name, _readable(name, data_files[chosen]), streaming=streaming, split=chosen)
         found = {"split": chosen, "revision": builder.hash}
         prints = _hash("\0".join([name, config or "", chosen, str(builder.hash)]))
@@ -373,6 +374,17 @@ def _listed(
             f"The dataset '{name}' cannot be opened: {_first_line(err)} It is a local file or folder, `demo:NAME`, or "
             f"the id of a dataset on the Hub."
         ) from err
+
+
+def _refuse_mixed(name: str, folder: Path, taken: Sequence[str]) -> None:
+    """`datasets` takes the files of the commonest kind, and leaves the others out without a word."""
+    lost = left_out_kinds(folder, [Path(file) for file in taken])
+    if lost:
+        kinds = {*lost, *(kind_of(Path(file)) for file in taken)}
+        raise DataError(
+            f"'{name}' holds files of several kinds: {', '.join(sorted(kinds))}. Only one kind would be read, so put "
+            f"each into a folder of its own."
+        )
 
 
 def _readable(name: str, files: Sequence[str]) -> list[Path]:

@@ -29,6 +29,7 @@ from qscope_trl.files import write_whole
 # What must be the same when a store is gone on with, but for the names of things whose content is compared.
 _COMPARED = ("model", "saes", "tokenizer", "dataset", "settings")
 _NAMES = ("model.name", "model.revision", "saes.source", "saes.revision", "dataset.name", "dataset.revision")
+_SHARDS = "shard-*.parquet"
 _TEMPORARY = ".shard-"
 
 
@@ -66,6 +67,8 @@ def only_writer(folder: Path) -> Iterator[None]:
 def begin(folder: Path, manifest: Mapping[str, Any]) -> dict[int, ShardFacts]:
     """Start a store, or find what there is of it. What a killed run left half-written is deleted.
 
+    A store that has no shard yet is begun anew, whatever it was to be made of.
+
     Args:
         folder: The store's folder; the caller is its `only_writer`.
         manifest: What the store is to be made of.
@@ -77,13 +80,19 @@ def begin(folder: Path, manifest: Mapping[str, Any]) -> dict[int, ShardFacts]:
         ConfigError: If the folder holds something else, or a store made of something else.
         DataError: If a shard is damaged.
     """
+    new = {"format": FORMAT, "format_version": FORMAT_VERSION, **manifest, "complete": False}
     if (folder / MANIFEST).is_file():
-        refuse_differences(folder, read_manifest(folder), manifest)
+        old = read_manifest(folder)
+        if any(folder.glob(_SHARDS)):
+            refuse_differences(folder, old, manifest)
+        else:
+            # Nothing is lost: a run that failed before its first shard must not stand in the way of a corrected one.
+            _write_manifest(folder, new)
     else:
         others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
         if others:
             raise ConfigError(f"'{folder}' holds `{others[0]}` and is no feature store. Give another `--output`.")
-        _write_manifest(folder, {"format": FORMAT, "format_version": FORMAT_VERSION, **manifest, "complete": False})
+        _write_manifest(folder, new)
     for path in folder.glob(f"{_TEMPORARY}*"):
         path.unlink()
     return _shards(folder, manifest)
@@ -155,7 +164,7 @@ def finish(folder: Path, manifest: Mapping[str, Any], num_rows: int) -> list[Sha
         if shard.first_row != row:
             break
         row += shard.rows
-    if row != num_rows or sum(shard.rows for shard in facts) != num_rows:
+    if not facts or row != num_rows or sum(shard.rows for shard in facts) != num_rows:
         raise DataError(
             f"'{folder}' holds rows 0 to {row} without a gap, but there are {num_rows}. Did the data change "
             f"meanwhile, or did another program touch the folder? Run `qscope index` again with the same settings."
@@ -198,7 +207,7 @@ def _shards(folder: Path, manifest: Mapping[str, Any]) -> dict[int, ShardFacts]:
     layers = sorted(int(layer) for layer in manifest["saes"]["layers"])
     size = manifest["settings"]["shard_size"]
     found = {}
-    for path in sorted(folder.glob("shard-*.parquet")):
+    for path in sorted(folder.glob(_SHARDS)):
         facts = read_facts(path, layers)
         index = facts.first_row // size
         if path.name != shard_name(index):

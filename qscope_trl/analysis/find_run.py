@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
+from qscope_trl.activations.chat import model_chat_renderer
 from qscope_trl.activations.opening import Opened, open_all
 from qscope_trl.analysis.discovery import Discovery, Search, discover
 from qscope_trl.analysis.repetition import continue_texts, find_repetition_features
 from qscope_trl.analysis.texts import read_groups, read_texts
-from qscope_trl.bundled import data_path
 from qscope_trl.config.find import FindConfig
 from qscope_trl.errors import ConfigError
 from qscope_trl.features import Feature, FeatureSet
@@ -26,8 +25,9 @@ def run(config: FindConfig) -> FeatureSet:
         ConfigError: If the model cannot be loaded, a setting does not fit, or the report cannot be written.
         DataError: If a file or a group is not usable.
     """
-    groups, target = ({}, "") if config.repetition else read_groups(config)
-    texts = read_texts(Path(data_path(config.repetition)), config.text_column) if config.repetition else []
+    chat = model_chat_renderer(config.model, revision=config.model_revision)
+    groups, target = ({}, "") if config.repetition else read_groups(config, chat)
+    texts = read_texts(config.repetition, config, chat) if config.repetition else []
     opened = open_all(config)
     if config.repetition:
         return _save(_repetition(config, opened, texts), config)
@@ -96,7 +96,8 @@ def _compare_and_save(discovery: Discovery, config: FindConfig, opened: Opened) 
 
 
 def _save(found: FeatureSet, config: FindConfig, more: dict[str, Any] | None = None) -> FeatureSet:
-    names = ("positive", "negative", "group", "data", "repetition", "generate_tokens")
+    texts = ("positive", "negative", "group", "data", "repetition", "generate_tokens")
+    names = (*texts, "data_split", "data_config", "data_revision")
     files = {name: value for name, value in asdict(config).items() if name in names and value}
     found = FeatureSet.from_dict({**found.to_dict(), "origin": {**found.origin, "files": files, **(more or {})}})
     found.save(config.output)

@@ -1,25 +1,19 @@
-"""Groups of texts for discovery: read from local files, tokenised, and parted into chosen-on and held out.
-
-Left out: Hub datasets (`datasets` can save them as JSONL) and chat templates.
-"""
+"""Groups of texts for discovery: read from any dataset, tokenised, and parted into chosen-on and held out."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import importlib
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qscope_trl.activations.encode import Positions, num_kept, tokenize
+from qscope_trl.activations.files import whole
+from qscope_trl.activations.sources import ChatRenderer, RowSource, open_source, text_columns, text_of
 from qscope_trl.bundled import data_path
 from qscope_trl.config.find import FindConfig
 from qscope_trl.errors import ConfigError, DataError
-
-_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 
 
 @dataclass(frozen=True)
@@ -66,8 +60,9 @@ def prepare_group(
         seed: Seed of the order.
 
     Raises:
-        DataError: If no token is left, or there is one text and it would have to be held out.
+        DataError: If no token is left, or there is one different text and it would have to be held out.
     """
+    texts = [whole(text) for text in texts]
     ids = tokenize(tokenizer, texts, max_length=max_length, positions=positions)
     keys = [hashlib.sha256(f"{seed}\0{text}".encode()).hexdigest() for text in texts]
     order = [i for i in sorted(range(len(texts)), key=lambda i: keys[i]) if num_kept(len(ids[i]), positions=positions)]
@@ -87,31 +82,35 @@ def prepare_group(
     different = sorted({keys[i] for i in order})
     if holdout > 0 and len(different) < 2:
         raise DataError(
-            f"Group `{name}` has one usable text, so none can be held out. Give more texts, or set `holdout` to 0 and "
-            f"go without held-out evidence."
+            f"Group `{name}` has one different text, so none can be held out. Give more texts, or set `holdout` to "
+            f"0 and go without held-out evidence."
         )
     num_out = min(max(1, round(holdout * len(different))), len(different) - 1) if holdout > 0 else 0
     out = set(different[:num_out])
     return TextGroup([ids[i] for i in order], [keys[i] in out for i in order])
 
 
-def read_groups(config: FindConfig) -> tuple[dict[str, list[str]], str]:
+def read_groups(config: FindConfig, chat: ChatRenderer | None = None) -> tuple[dict[str, list[str]], str]:
     """The texts per group, and the target group's name.
 
-    With `positive` and `negative`, groups are named after their files (`zh.jsonl.gz` is `zh`). `demo:NAME` stands for
-    a bundled file.
+    With `positive` and `negative`, groups are named after their datasets (`zh.jsonl.gz` is `zh`). `demo:NAME` stands
+    for a bundled file.
+
+    Args:
+        config: The settings.
+        chat: Renders conversations.
 
     Raises:
         ConfigError: If groups are named twice, fewer than two, or lack the target.
-        DataError: If a file is missing, empty, or lacks a column.
+        DataError: If a dataset is missing, empty, or lacks a column.
     """
     groups: dict[str, list[str]] = {}
     if config.data:
-        groups = _split_by_column(Path(data_path(config.data)), config.text_column, str(config.group_column))
+        groups = _split_by_column(_open(config.data, config), config.text_column, str(config.group_column), chat)
     else:
-        for name, path in _named_files(config).items():
-            groups[name] = read_texts(path, config.text_column)
-    target = config.target or _group_name(Path(data_path(str(config.positive))))
+        for name, place in _named_datasets(config).items():
+            groups[name] = read_texts(place, config, chat)
+    target = config.target or _group_name(str(config.positive))
     if target not in groups or len(groups) < 2:
         raise ConfigError(
             f"The target group `{target}` and at least one other are needed; the data has "
@@ -120,37 +119,52 @@ def read_groups(config: FindConfig) -> tuple[dict[str, list[str]], str]:
     return groups, target
 
 
-def read_texts(path: Path, column: str) -> list[str]:
-    """The texts of one file, in order; blank ones are left out.
+def read_texts(name: str, config: FindConfig, chat: ChatRenderer | None = None) -> list[str]:
+    """The texts of one dataset, in order; blank ones are left out.
 
     Args:
-        path: `.jsonl`, `.json` (a list of mappings), `.parquet` or `.txt` (one text a line), also with `.gz`.
-        column: Column that holds the text; not used for `.txt`.
+        name: What `open_source` takes.
+        config: The column, and the split, configuration and revision.
+        chat: Renders conversations.
 
     Raises:
-        DataError: If the file is missing, of another kind, unreadable, without texts, or lacks the column.
+        ConfigError: If a split or the like does not fit.
+        DataError: If it is missing, unreadable, without texts, or lacks the column.
     """
-    return _not_blank(path, (_string(path, row, column) for row in _rows(path, column)))
+    source, column = _open(name, config), config.text_column
+    return _not_blank(
+        source,
+        [
+            text_of(row, text_column=column, source_name=source.name, index=index, chat=chat)
+            for index, row in source.rows(columns=text_columns(column))
+        ],
+    )
 
 
-def _split_by_column(path: Path, column: str, group_column: str) -> dict[str, list[str]]:
+def _open(name: str, config: FindConfig) -> RowSource:
+    return open_source(name, split=config.data_split, config=config.data_config, revision=config.data_revision)
+
+
+def _split_by_column(
+    source: RowSource, column: str, group_column: str, chat: ChatRenderer | None
+) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
-    for row in _rows(path, column):
-        groups.setdefault(_string(path, row, group_column, is_group=True), []).append(_string(path, row, column))
-    return {name: _not_blank(path, texts) for name, texts in groups.items()}
+    for index, row in source.rows(columns=(*text_columns(column), group_column)):
+        text = text_of(row, text_column=column, source_name=source.name, index=index, chat=chat)
+        groups.setdefault(_group_of(source, index, row, group_column), []).append(text)
+    return {name: _not_blank(source, texts) for name, texts in groups.items()}
 
 
-def _named_files(config: FindConfig) -> dict[str, Path]:
+def _named_datasets(config: FindConfig) -> dict[str, str]:
     if config.positive and config.negative:
-        paths = [Path(data_path(name)) for name in (config.positive, config.negative)]
-        pairs = [(_group_name(path), path) for path in paths]
+        pairs = [(_group_name(name), name) for name in (config.positive, config.negative)]
     else:
         pairs = []
         for entry in config.group:
-            name, mark, path = entry.partition("=")
-            if not (name and mark and path):
+            name, mark, place = entry.partition("=")
+            if not (name and mark and place):
                 raise ConfigError(f"`--group` is {entry!r}; write it as NAME=FILE, for example zh=data/zh.jsonl.")
-            pairs.append((name, Path(data_path(path))))
+            pairs.append((name, place))
     named = dict(pairs)
     if len(named) < len(pairs):
         raise ConfigError(
@@ -159,57 +173,33 @@ def _named_files(config: FindConfig) -> dict[str, Path]:
     return named
 
 
-def _group_name(path: Path) -> str:
-    return path.name.split(".", 1)[0]
+def _group_name(name: str) -> str:
+    return Path(data_path(name)).name.split(".", 1)[0]
 
 
-def _rows(path: Path, column: str) -> Iterator[Mapping[str, Any]]:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    kind = suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else "".join(suffixes[-1:])
-    if not path.is_file():
-        raise DataError(f"No text file at '{path}'.")
-    if kind not in _SUFFIXES:
-        raise DataError(f"'{path}' is of no known kind. Known: {', '.join(_SUFFIXES)}, and the text ones with .gz.")
-    try:
-        if kind == ".parquet":
-            parquet: Any = importlib.import_module("pyarrow.parquet")
-            yield from parquet.read_table(path).to_pylist()
-            return
-        with gzip.open(path, "rt", encoding="utf-8") if suffixes[-1] == ".gz" else path.open(encoding="utf-8") as file:
-            if kind == ".txt":
-                yield from ({column: line.rstrip("\n")} for line in file)
-            elif kind == ".json":
-                data = json.load(file)
-                if not isinstance(data, list):
-                    raise DataError(f"'{path}' holds a {type(data).__name__}, not a list of mappings.")
-                yield from data
-            else:
-                yield from (json.loads(line) for line in file if line.strip())
-    except DataError:
-        raise
-    except (OSError, EOFError, ValueError) as err:
-        raise DataError(f"'{path}' cannot be read as {kind[1:]}: {err}") from err
-
-
-def _string(path: Path, row: Any, column: str, *, is_group: bool = False) -> str:
-    """A column's value; groups may also be whole numbers and booleans, which are named `1` and `true`."""
-    if not isinstance(row, Mapping):
-        raise DataError(f"'{path}' holds a {type(row).__name__} where a mapping with the column `{column}` belongs.")
+def _group_of(source: RowSource, index: int, row: dict[str, Any], column: str) -> str:
+    """A row's group: a text, or a whole number or boolean, which are named `1` and `true`."""
     if column not in row:
         raise DataError(
-            f"'{path}' has no column `{column}`; it has {', '.join(f'`{key}`' for key in row)}. Name the right one by "
-            f"`--text-column` or `--group-column`."
+            f"Row {index} of '{source.name}' has no column `{column}`; it has "
+            f"{', '.join(f'`{key}`' for key in row)}. Name the right one by `group_column`."
         )
     value = row[column]
-    if is_group and isinstance(value, bool | int):
+    # A column of whole numbers with a gap is one of floats in many files.
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool | int):
         return str(value).lower()
     if not isinstance(value, str):
-        raise DataError(f"Column `{column}` of '{path}' holds {value!r}, which is not a string.")
+        raise DataError(
+            f"Row {index} of '{source.name}' holds {value!r} in column `{column}`, which names no group: that is a "
+            f"text, a whole number or a boolean."
+        )
     return value
 
 
-def _not_blank(path: Path, texts: Iterable[str]) -> list[str]:
+def _not_blank(source: RowSource, texts: Sequence[str]) -> list[str]:
     kept = [text for text in texts if text.strip()]
     if not kept:
-        raise DataError(f"'{path}' holds no text: every row is blank or there is none.")
+        raise DataError(f"'{source.name}' holds no text: every row is blank or there is none.")
     return kept

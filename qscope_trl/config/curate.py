@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from qscope_trl.config.encoding import EncodingConfig
 from qscope_trl.config.values import DTYPES, at_least, one_of
 from qscope_trl.errors import ConfigError
+from qscope_trl.files import check_output
 
 MEASURES = ("jaccard", "weighted_jaccard", "cosine")
 AGGREGATIONS = ("max", "mean", "rate")
@@ -76,7 +77,8 @@ class CurateConfig(EncodingConfig):
         metadata={"help": "Similarity of `--exclude-near`, see `--deduplicate-by`.", "choices": list(MEASURES)},
     )
     deduplicate: float | None = field(
-        default=None, metadata={"help": "Drop rows whose similarity to a kept row is this or more, 0 to 1."}
+        default=None,
+        metadata={"help": "Drop rows whose similarity to a kept row is this or more, 0 to 1. Equal texts have 1."},
     )
     deduplicate_by: str = field(
         default="jaccard",
@@ -151,6 +153,7 @@ class CurateConfig(EncodingConfig):
             one_of("dtype", self.dtype, DTYPES)
             at_least("max_length", self.max_length, 2)
             at_least("batch_size", self.batch_size, 1)
+        check_output("output", self.output, is_folder=True)
         one_of("exclude_by", self.exclude_by, MEASURES)
         one_of("deduplicate_by", self.deduplicate_by, MEASURES)
         one_of("nearest_by", self.nearest_by, NEAREST_BY)

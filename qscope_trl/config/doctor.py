@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from qscope_trl.config.encoding import EncodingConfig
 from qscope_trl.config.values import DTYPES, at_least, one_of
+from qscope_trl.files import check_output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,5 +60,7 @@ class DoctorConfig(EncodingConfig):
         super().__post_init__()
         for name, least in (("max_texts", 1), ("probe_tokens", 2), ("scan", 0), ("layers_at_once", 1)):
             at_least(name, getattr(self, name), least)
+        for name in ("json", "report"):
+            check_output(name, getattr(self, name))
         if self.tuned_dtype is not None:
             one_of("tuned_dtype", self.tuned_dtype, DTYPES)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from qscope_trl.config.encoding import EncodingConfig
 from qscope_trl.config.values import DTYPES, at_least, one_of
 from qscope_trl.errors import ConfigError
+from qscope_trl.files import check_output
 
 POOLS = ("last", "max")
 PER_SET = ("data_split", "data_config", "data_revision", "text_column", "by")
@@ -137,6 +138,7 @@ class EvalmapConfig(EncodingConfig):
             one_of("dtype", self.dtype, DTYPES)
             at_least("max_length", self.max_length, 2)
             at_least("batch_size", self.batch_size, 1)
+        check_output("output", self.output, is_folder=True)
         one_of("pool", self.pool, POOLS)
         for name in ("max_samples", "subset", "ngram", "train_rows", "bootstrap"):
             at_least(name, getattr(self, name), 1)

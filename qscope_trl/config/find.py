@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from qscope_trl.config.encoding import EncodingConfig
 from qscope_trl.config.values import at_least, one_of
 from qscope_trl.errors import ConfigError
+from qscope_trl.files import check_output
 
 RANK_BY = ("mean_difference", "delta", "auroc", "log_odds", "monolinguality")
 POSITIONS = ("all", "last")
@@ -27,12 +28,12 @@ _LEAST = {
 class FindConfig(EncodingConfig):
     """Settings of `qscope find`."""
 
-    output: str = field(metadata={"help": "File to write, .yaml or .json."})
+    output: str = field(metadata={"help": "File to write, .yaml or .json; one that is there is overwritten."})
     positive: str | None = field(
         default=None,
         metadata={
-            "help": "Texts that show the behaviour: .jsonl, .json, .parquet or .txt (one a line), also .gz, or "
-            "`demo:NAME` for a bundled set."
+            "help": "Texts that show the behaviour: Hub id, file (.jsonl, .json, .parquet, .csv, .txt, also .gz), "
+            "folder, or `demo:NAME` for a bundled set."
         },
     )
     negative: str | None = field(default=None, metadata={"help": "Texts that do not show it."})
@@ -41,12 +42,12 @@ class FindConfig(EncodingConfig):
         metadata={"help": "Instead of positive and negative: `name=file`, repeated, one per group."},
     )
     data: str | None = field(
-        default=None, metadata={"help": "Instead: one file with all groups, told apart by the group column."}
+        default=None, metadata={"help": "Instead: one dataset with all groups, told apart by the group column."}
     )
     group_column: str | None = field(default=None, metadata={"help": "Column of `--data` that names the group."})
     repetition: str | None = field(
         default=None,
-        metadata={"help": "Instead: one file of texts that loop; finds what grows from the first round to the last."},
+        metadata={"help": "Instead: a dataset of texts that loop; finds what grows from the first round to the last."},
     )
     generate_tokens: int = field(
         default=0,
@@ -56,7 +57,16 @@ class FindConfig(EncodingConfig):
         default=None,
         metadata={"help": "Group the features stand for. Needed with `--group` and `--data`; else the positive one."},
     )
-    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    text_column: str = field(
+        default="text",
+        metadata={
+            "help": "Column of the text; `prompt+completion` joins several. One that holds conversations, such as "
+            "`messages`, goes through the chat template."
+        },
+    )
+    data_split: str | None = field(default=None, metadata={"help": "Split of each dataset, if it has several."})
+    data_config: str | None = field(default=None, metadata={"help": "Configuration (subset) of each Hub dataset."})
+    data_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of each Hub dataset."})
     top: int = field(default=10, metadata={"help": "Features to choose."})
     select: str = field(
         default="layer",
@@ -130,6 +140,8 @@ class FindConfig(EncodingConfig):
             one_of(name, getattr(self, name), allowed)
         for name, least in _LEAST.items():
             at_least(name, getattr(self, name), least)
+        for name in ("output", "report"):
+            check_output(name, getattr(self, name))
         if self.max_norm_ratio and not self.max_norm_ratio > 1:
             raise ConfigError(
                 f"`max_norm_ratio` is {self.max_norm_ratio!r}; it is above 1, as half of all tokens exceed the "

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from qscope_trl.config.encoding import EncodingConfig
 from qscope_trl.config.values import at_least, one_of
 from qscope_trl.errors import ConfigError
+from qscope_trl.files import check_output
 
 PER = ("document", "token")
 AGGREGATIONS = ("max", "mean", "last", "rate")
@@ -54,6 +55,7 @@ class IndexConfig(EncodingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_output("output", self.output, is_folder=True)
         one_of("per", self.per, PER)
         for name in ("max_rows", "shard_size"):
             at_least(name, getattr(self, name), 1)

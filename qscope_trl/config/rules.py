@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from qscope_trl.config.encoding import EncodingConfig
 from qscope_trl.config.values import at_least, one_of
 from qscope_trl.errors import ConfigError
+from qscope_trl.files import check_output
 
 AGGREGATIONS = ("max", "mean", "last", "rate")
 METRICS = ("f1", "f0.5", "f2", "balanced_accuracy", "mcc")
@@ -32,6 +33,9 @@ class RulesCheckConfig:
         metadata={"help": "Rule file to write, with its sets and, given `--saes`, the SAEs' fingerprints."},
     )
 
+    def __post_init__(self) -> None:
+        check_output("output", self.output)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledConfig(EncodingConfig):
@@ -55,7 +59,15 @@ class LabelledConfig(EncodingConfig):
         default="text", metadata={"help": "Column of the text; `prompt+completion` joins several."}
     )
     max_rows: int | None = field(
-        default=None, metadata={"help": "Read at most this many rows of each data set: its first ones."}
+        default=None,
+        metadata={"help": "Read at most this many rows of `--data`, or of each file given instead: its first ones."},
+    )
+    store: str | None = field(
+        default=None,
+        metadata={
+            "help": "Feature store of exactly `--data`, made by `qscope index`: features are read from it, and the "
+            "model runs for the baselines alone."
+        },
     )
     group_column: str | None = field(
         default=None,
@@ -90,15 +102,19 @@ class LabelledConfig(EncodingConfig):
             raise ConfigError("`--data` and `--label-column` come together; got one of them.")
         if self.group_column and not self.data:
             raise ConfigError("`--group-column` is a column of `--data`, which is not given.")
+        if self.store and not self.data:
+            raise ConfigError("`--store` is of one data set, `--data`; it does not go with `--positive`.")
         one_of("metric", self.metric, METRICS)
         at_least("random_draws", self.random_draws, 0)
+        for name in ("json", "report"):
+            check_output(name, getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)
 class RulesLearnConfig(LabelledConfig):
     """Settings of `qscope rules learn`."""
 
-    output: str = field(metadata={"help": "Rule file to write, .yaml or .json."})
+    output: str = field(metadata={"help": "Rule file to write, .yaml or .json; one that is there is overwritten."})
     name: str | None = field(default=None, metadata={"help": "What the rule is called in reports and metrics."})
     layers: str = field(
         default="all",
@@ -106,7 +122,10 @@ class RulesLearnConfig(LabelledConfig):
     )
     test_data: str | None = field(
         default=None,
-        metadata={"help": "Test set, with the same columns as `--data`. Default: a share of `--data` is held out."},
+        metadata={
+            "help": "Test set, with the same columns as `--data`. Default: a share of `--data` is held out. "
+            "`--max-rows` cuts it too."
+        },
     )
     test_split: str | None = field(default=None, metadata={"help": "Split of the test set."})
     test_share: float = field(default=0.2, metadata={"help": "Share held out for the test, without `--test-data`."})
@@ -119,13 +138,6 @@ class RulesLearnConfig(LabelledConfig):
         metadata={
             "help": "How a feature's activations are summed up over a text: max, mean, last or rate. Repeatable. "
             "Default: max."
-        },
-    )
-    store: str | None = field(
-        default=None,
-        metadata={
-            "help": "Feature store of exactly `--data`, made by `qscope index`: features are read from it, and the "
-            "model runs for the baselines alone."
         },
     )
     candidates: int = field(
@@ -154,6 +166,7 @@ class RulesLearnConfig(LabelledConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_output("output", self.output)
         one_of("search", self.search, SEARCHES)
         for name in self.aggregation:
             one_of("aggregation", name, AGGREGATIONS)
@@ -175,8 +188,8 @@ class RulesLearnConfig(LabelledConfig):
             raise ConfigError("`--test-data` has the columns of `--data`; it does not go with `--positive`.")
         if self.test_split and not self.test_data:
             raise ConfigError("`--test-split` is a split of `--test-data`, which is not given.")
-        if self.store and (not self.data or self.test_data):
-            raise ConfigError("`--store` is of one data set, `--data`; it goes with neither `--test-data` nor files.")
+        if self.store and self.test_data:
+            raise ConfigError("`--store` is of one data set, `--data`; it does not go with `--test-data`.")
 
     @property
     def all_aggregations(self) -> tuple[str, ...]:
@@ -208,6 +221,13 @@ class RulesEvaluateConfig(LabelledConfig):
         metadata={"help": "Labelled texts, with the same columns, to fit the baselines on. Without: no baselines."},
     )
     fit_split: str | None = field(default=None, metadata={"help": "Split of `--fit-data`."})
+    max_fit_rows: int | None = field(
+        default=None,
+        metadata={
+            "help": "Read at most this many rows of `--fit-data`: its first ones. A comparison is fair if the rule "
+            "was learned from the same."
+        },
+    )
 
     def __post_init__(self) -> None:
         # `rule` is no list of layers; everything else is checked.
@@ -217,6 +237,9 @@ class RulesEvaluateConfig(LabelledConfig):
         object.__setattr__(self, "layers", layers)
         if self.fit_split and not self.fit_data:
             raise ConfigError("`--fit-split` is a split of `--fit-data`, which is not given.")
+        at_least("max_fit_rows", self.max_fit_rows, 2)
+        if self.max_fit_rows is not None and not self.fit_data:
+            raise ConfigError("`--max-fit-rows` is of `--fit-data`, which is not given.")
         if self.fit_data and not self.data:
             raise ConfigError("`--fit-data` has the columns of `--data`; it does not go with `--positive`.")
 
@@ -247,6 +270,7 @@ class RulesExplainConfig(EncodingConfig):
         super().__post_init__()
         if bool(self.text) is bool(self.data):
             raise ConfigError("Give texts in one way: `--text TEXT`, or `--data FILE` with `--rows`.")
+        check_output("report", self.report)
         if not self.chosen_rows:
             raise ConfigError(f"`rows` is {self.rows!r}, which names no row; ranges run upwards, as in `0-4`.")
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from qscope_trl.config.encoding import EncodingConfig
 from qscope_trl.config.values import at_least, one_of
 from qscope_trl.errors import ConfigError
+from qscope_trl.files import check_output
 
 MODES = ("add", "ablate", "clamp")
 UNITS = ("raw", "norm")
@@ -141,6 +142,8 @@ class SteerConfig(EncodingConfig):
             one_of(name, getattr(self, name), allowed)
         for name, least in _LEAST.items():
             at_least(name, getattr(self, name), least)
+        for name in ("figure", "report", "json", "output"):
+            check_output(name, getattr(self, name))
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"`top_p` is {self.top_p!r}; it is a share above 0, up to 1.")
         for name in ("strength", "temperature"):

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from qscope_trl.config.encoding import EncodingConfig
 from qscope_trl.config.values import at_least, one_of
 from qscope_trl.errors import ConfigError
+from qscope_trl.files import check_output
 
 FILL = ("missing", "weak")
 GENERATORS = ("local", "endpoint", "none")
@@ -165,6 +166,7 @@ class SynthesizeConfig(EncodingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_output("output", self.output, is_folder=True)
         one_of("fill", self.fill, FILL)
         one_of("generator", self.generator, GENERATORS)
         one_of("encode_as", self.encode_as, ENCODE_AS)
@@ -211,8 +213,12 @@ class SynthesizeConfig(EncodingConfig):
                     "`--generator endpoint` needs `--base-url`, such as http://localhost:8000/v1, and "
                     "`--generator-model`, the name that the endpoint knows the model by."
                 )
-            url = urlsplit(self.base_url)
-            if url.scheme not in ("http", "https") or not url.hostname:
+            try:
+                url = urlsplit(self.base_url)
+                is_address = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+            except ValueError:  # A bracket that does not close, or a port that is no number.
+                is_address = False
+            if not is_address:
                 raise ConfigError(f"`base_url` is {self.base_url!r}; it begins with http:// or https:// and a host.")
             if "@" in url.netloc or url.query:
                 raise ConfigError(

@@ -260,7 +260,7 @@ def _require_layer(layer: int, available: Iterable[int], source: Source) -> None
     advice = f", or download `layer{layer}.sae.pt`" if is_qwen_scope else ""
     raise CheckpointError(
         f"No SAE for layer {layer} in '{source.name}': found layers {_ranges(source.layers)}. "
-        f"Set `sae_layers` within that range{advice}."
+        f"Choose layers within that range{advice}."
     )
 
 

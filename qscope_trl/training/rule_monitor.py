@@ -74,7 +74,7 @@ class RuleMonitor(TrainerCallback):  # type: ignore[misc]
         self.texts = list(texts)
         self.every = every
         self._source = (saes, sae_revision, sae_k)
-        self._settings = {"max_length": max_length, "batch_size": batch_size}
+        self._settings: dict[str, Any] = {"max_length": max_length, "batch_size": batch_size}
         self._encoder: TableEncoder | None = None
         self._last_step = -1
 

@@ -149,6 +149,30 @@ def test_rules_over_the_text_so_far_equal_rules_over_each_prefix(model: Any, sae
             assert rule.evaluate_tokens(a, FEATURES).tolist() == w.tolist()
 
 
+def test_only_the_aggregations_that_are_asked_for_are_kept(
+    model: Any, saes: SAESuite, table: FeatureTable, texts: list[str]
+) -> None:
+    given = {"aggregations": ("rate", "max"), "batch_size": 4, "show_progress": False}
+    found = encode_table(model, tiny_tokenizer(), saes, texts, FEATURES, **given)
+    assert found.aggregations == ("rate", "max")
+    for name in found.aggregations:
+        np.testing.assert_array_equal(found.matrix(name), table.matrix(name))
+    with pytest.raises(ConfigError, match="`mode` is no aggregation"):
+        TableEncoder(model, tiny_tokenizer(), saes, FEATURES, aggregations=("mode",))
+
+
+def test_tables_are_joined(table: FeatureTable) -> None:
+    parts = [table.take(slice(0, 3)), table.take(slice(3, None))]
+    both = parts[0].followed_by(parts[1])
+    for name in table.aggregations:
+        np.testing.assert_array_equal(both.matrix(name), table.matrix(name))
+    np.testing.assert_array_equal(both.num_tokens, table.num_tokens)
+    uncounted = FeatureTable(FEATURES, parts[1].columns)
+    assert parts[0].followed_by(uncounted).num_tokens is None
+    with pytest.raises(ConfigError, match="other features or aggregations cannot be joined"):
+        parts[0].followed_by(FeatureTable(FEATURES, {"max": parts[1].columns["max"]}))
+
+
 def test_what_is_not_in_a_table_is_refused(table: FeatureTable, texts: list[str]) -> None:
     with pytest.raises(DataError, match=r"L3F1 is not among the 4 features .*rule\.features"):
         compile_rule("L3F1").evaluate(table)
@@ -203,6 +227,7 @@ def test_a_store_gives_the_same_table(table: FeatureTable) -> None:
 
     found = table_from_store(Store(), FEATURES[::-1])  # type: ignore[arg-type]
     assert found.aggregations == ("max", "mean")
+    assert table_from_store(Store(), FEATURES, ["mean"]).aggregations == ("mean",)  # type: ignore[arg-type]
     for feature in FEATURES:
         np.testing.assert_array_equal(found.values(feature, "mean"), table.values(feature, "mean"))
     with pytest.raises(ConfigError, match="nothing to read"):
@@ -233,6 +258,21 @@ def test_a_rule_filters_datasets(model: Any, folder: Path, saes: SAESuite, table
     rest = [row["number"] for row in stream.filter(by_object, batched=True, batch_size=4)]
     assert rest == np.flatnonzero(~held).tolist()
     assert by_name({"text": []}) == []
+
+
+def test_a_filter_reads_conversations_by_the_template(model: Any, saes: SAESuite, texts: Any) -> None:
+    tokenizer = tiny_tokenizer()
+    chats = {"text": [[{"role": "user", "content": text}] for text in texts]}
+    bare = RuleFilter("L2F40 or L1F3", model, saes, tokenizer=tokenizer)
+    with pytest.raises(DataError, match=r"the tokenizer of '.*ForCausalLM' has no chat template"):
+        bare(chats)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    chatty = RuleFilter("L2F40 or L1F3", model, saes, tokenizer=tokenizer)
+    held = chatty(chats)
+    assert held == chatty({"text": texts})
+    assert 1 < sum(held) < len(held) - 1
+    # A process that gets the filter makes its own.
+    assert chatty.__getstate__()["_chat"] is None
 
 
 def test_a_filter_by_names_is_pickled_without_what_it_opened(folder: Path, saes: SAESuite) -> None:

@@ -105,6 +105,37 @@ def test_a_folder_is_its_files_one_after_another(tmp_path: Path) -> None:
     assert open_source(str(tmp_path / "folder"), split="test").num_rows == 1
 
 
+def test_a_folder_of_several_kinds_is_refused_and_not_read_in_part(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / "README.md").write_text("# Rows\n")
+    (tmp_path / "LICENSE.txt").write_text("free\n")
+    (tmp_path / ".hidden.txt").write_text("x\n")
+    (tmp_path / "notes.md").write_text("x\n")
+    assert open_source(str(tmp_path)).num_rows == len(ROWS)
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "b.txt").write_text("one more\n")
+    with pytest.raises(DataError, match=r"files of several kinds: \.jsonl, \.txt. Only one kind"):
+        open_source(str(tmp_path))
+    # The folder's card says what its data are.
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: '*.jsonl'\n---\n")
+    assert open_source(str(tmp_path)).num_rows == len(ROWS)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "txt"])
+def test_damaged_gzip_files_are_named(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"rows.{ending}.gz"
+    lines = "".join(f'{{"text": "{n * n}"}}\n' for n in range(2000)).encode()
+    whole = gzip.compress(b"text\n" + lines if ending == "csv" else lines)
+    # Cut off in the middle, and after the header of 10 bytes a kind of block that there is not.
+    for damaged in (whole[: len(whole) // 2], whole[:10] + b"\xff" * 4 + whole[14:]):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=rf"'.*rows\.{ending}\.gz' cannot be read as {ending}: "):
+            list(open_source(str(path)))
+        if ending != "csv":
+            with pytest.raises(DataError, match=rf"'.*rows\.{ending}\.gz' cannot be read as {ending}: "):
+                len(open_source(str(path)))
+
+
 def test_what_save_to_disk_wrote(tmp_path: Path) -> None:
     dataset = Dataset.from_list(ROWS)
     dataset.save_to_disk(str(tmp_path / "one"))
@@ -239,6 +270,22 @@ def test_the_text_of_a_row() -> None:
 
     assert text(row, "messages", chat=render) == "hi"
     assert text(row, "messages+messages", chat=render) == "hi|hi"
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+def test_half_characters_in_any_column_are_replaced_as_rows_are_read(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"rows.{ending}"
+    line = r'{"a\udc00": ["\uD83d", {"b": "x\ud83d"}], "n": 1, "pair": "\ud83d\ude00", "plain": "\\ud83d"}'
+    path.write_text(f"[{line}]" if ending == "json" else line)
+    row = {"a\ufffd": ["\ufffd", {"b": "x\ufffd"}], "n": 1, "pair": "\U0001f600", "plain": "\\ud83d"}
+    assert list(open_source(str(path))) == [(0, row)]
+
+
+def test_half_characters_become_replacement_characters() -> None:
+    half = json.loads(r'{"text": "half \ud83d emoji, \ud83d\ude00 whole", "end": "\udc00"}')
+    assert text(half, "text") == "half \ufffd emoji, \U0001f600 whole"
+    assert text(half, "end+end") == "\ufffd\ufffd"
+    assert text({"m": [{"role": "user", "content": "\ud83d"}]}, "m", chat=lambda m: m[0]["content"]) == "\ufffd"
 
 
 @pytest.mark.parametrize(

@@ -109,8 +109,11 @@ def test_data_that_shrinks_or_is_not_there_is_told(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     empty = write_texts(tmp_path / "empty.jsonl", [])
-    with pytest.raises(DataError, match=r"empty.jsonl' has no rows, so there is nothing to index"):
-        index_run.run(config(folder, tmp_path / "none", data=str(empty)), show_progress=False)
+    for streaming in (False, True):
+        settings = config(folder, tmp_path / "none", data=str(empty), streaming=streaming)
+        with pytest.raises(DataError, match=r"empty.jsonl' has no rows, so there is nothing to index"):
+            index_run.run(settings, show_progress=False)
+    assert not (tmp_path / "none").exists()
     with monkeypatch.context() as changed:
         changed.setattr(files, "count_rows", lambda _: ROWS + 1)
         with pytest.raises(DataError, match=rf"ended at row {ROWS}, but {ROWS + 1} rows were counted before"):
@@ -120,6 +123,34 @@ def test_data_that_shrinks_or_is_not_there_is_told(
         "shard-000001.parquet",
     ]
     assert index_run.run(config(folder, tmp_path / "store"), show_progress=False).new_rows == ROWS - 10
+
+
+def test_a_stream_that_is_empty_at_its_second_reading_is_told(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_run._Job, "_write_stream", lambda *given: 0)
+    with pytest.raises(DataError, match=r"holds rows 0 to 0 without a gap, but there are 0. Did the data change"):
+        index_run.run(config(folder, tmp_path / "store", streaming=True), show_progress=False)
+
+
+def test_a_run_that_failed_before_its_first_shard_does_not_bar_a_corrected_one(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has no column `txt`; it has `text`"):
+        index_run.run(config(folder, tmp_path / "store", text_column="txt"), show_progress=False)
+    assert not (tmp_path / "store").exists()
+    # Row 1 alone is wrong: the manifest is written before it is read.
+    data = tmp_path / "texts.jsonl"
+    data.write_text('{"text": "w5 w6"}\n{"note": "w7 w8"}\n')
+    with pytest.raises(DataError, match=r"Row 1 of .* has no column `text`"):
+        index_run.run(config(folder, tmp_path / "store", data=str(data)), show_progress=False)
+    assert [path.name for path in (tmp_path / "store").iterdir()] == ["manifest.json"]
+    data.write_text('{"text": "w5 w6"}\n{"text": "w7 w8 w9"}\n')
+    settings = config(folder, tmp_path / "store", data=str(data), max_length=2)
+    assert index_run.run(settings, show_progress=False).new_rows == 2
+    store = FeatureStore.open(tmp_path / "store")
+    assert (store.num_tokens, store.manifest["settings"]["max_length"]) == (2, 2)
+    # Now there is something to lose.
+    with pytest.raises(ConfigError, match=r"`settings.max_length` was 2 and is now 512"):
+        index_run.run(config(folder, tmp_path / "store", data=str(data)), show_progress=False)
 
 
 def test_a_residual_that_is_not_finite_stops_the_run_with_nothing_half_written(folder: Path, tmp_path: Path) -> None:

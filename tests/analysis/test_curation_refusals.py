@@ -18,7 +18,7 @@ from qscope_trl.analysis.curation.stored import stored_sets
 from qscope_trl.config.curate import CurateConfig
 from qscope_trl.errors import CheckpointError, ConfigError, DataError, QScopeError, RuleError
 from tests.analysis.curation_setting import Setting, make_setting, make_store, write_lines
-from tests.tiny import write_saes
+from tests.tiny import K, write_saes
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +161,10 @@ def test_references_that_do_not_fit(setting: Setting, tmp_path: Path, store: Pat
     whole = make_store(setting, tmp_path / "whole", near, skip_first=False)
     message = r"The store '.*whole' was read with another `skip_first` \(False\) than the data \(True\)"
     refuses(setting, out, DataError, message, exclude_near=[str(whole)])
+    few = make_store(setting, tmp_path / "few", near, sae_k=3)
+    message = rf"The store '.*few' was read with another `k of layer 1` \(3\) than the data \({K}\)"
+    refuses(setting, out, DataError, message, exclude_near=[str(few)])
+    refuses(setting, out, DataError, message, **{**bare, "exclude_near": [str(few)]})
     empty = write_lines(tmp_path / "empty.jsonl", [])
     refuses(setting, out, DataError, "empty.jsonl' has no row to compare with", exclude_near=[str(empty)])
     nothing: Any = SimpleNamespace(path="s", num_rows=0, aggregations=("max",), d_sae=lambda layer: 8)
@@ -172,15 +176,17 @@ def test_places_that_are_not_written_to(setting: Setting, tmp_path: Path, monkey
     (tmp_path / "file").write_text("mine")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
-    for name in ("file", "full"):
-        refuses(setting, tmp_path / name, ConfigError, "is there already, and nothing is written over", max_rows=3)
+    refuses(setting, tmp_path / "file", ConfigError, "file', which is a file; it is a folder to make", max_rows=3)
+    refuses(setting, tmp_path / "full", ConfigError, "is there already, and nothing is written over", max_rows=3)
     inputs = tmp_path / "inputs"
     inputs.mkdir()
     pq.write_table(pa.Table.from_pylist(setting.rows), inputs / "data.parquet")
     message = "The output '.*out' lies in '.*inputs', which is read and stays as it is"
     refuses(setting, inputs / "out", ConfigError, message, data=str(inputs), max_rows=3)
-    with pytest.raises(DataError, match="file/out' cannot be written"):
-        curation.run(setting.config(output=str(tmp_path / "file" / "out"), max_rows=3), show_progress=False)
+    config = setting.config(output=str(tmp_path / "late" / "out"), max_rows=3)
+    (tmp_path / "late").touch()
+    with pytest.raises(DataError, match="late/out' cannot be written"):
+        curation.run(config, show_progress=False)
 
     def meanwhile(*args: Any) -> None:
         (tmp_path / "out").mkdir()
@@ -190,7 +196,7 @@ def test_places_that_are_not_written_to(setting: Setting, tmp_path: Path, monkey
     with pytest.raises(ConfigError, match=r"Something has been written to '.*out' meanwhile"):
         curation.run(setting.config(output=str(tmp_path / "out"), max_rows=3), show_progress=False)
     assert (tmp_path / "out" / "theirs").read_text() == "theirs"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full", "inputs", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full", "inputs", "late", "out"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,26 @@ def test_contexts_are_compared_token_by_token(model: Any, saes: dict[int, Any]) 
     assert found[1].jaccard < 0.99
 
 
+def broken_at(model: Any, token: int) -> Any:
+    """A copy whose embedding of a token is NaN; so is what attends to it, and with some kernels all of the text."""
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[token] = math.nan
+    return broken
+
+
+def test_residuals_that_are_not_finite_in_a_context_are_told(model: Any, suite: SAESuite) -> None:
+    unused = next(token for token in range(8, 96) if all(token not in row for row in IDS))
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT.replace("w90", f"w{unused}")
+    result = diagnose(broken_at(model, unused), tokenizer, suite, TEXTS, layers=[2], scan=0, show_progress=False)
+    [told] = [finding for finding in result.findings if finding.check in ("dtype", "chat template")]
+    tokens = sum(len(row) - 1 for row in IDS)
+    assert told.severity == "fail"
+    assert told.what.startswith(f"In float32 the residuals of {tokens} tokens in the chat template are NaN or inf")
+    assert result.chat[0].not_finite == tokens
+
+
 def bos_tokenizer() -> PreTrainedTokenizerFast:
     """Words by white space; `w95` is BOS and added by itself."""
     from tokenizers.processors import TemplateProcessing
@@ -199,6 +220,51 @@ def test_a_known_change_of_the_model_is_measured_as_it_is(model: Any, saes: dict
     changed = (np.maximum(*rates)[counted] > 2 * np.minimum(*rates)[counted]).mean()
     assert after.changed_share == pytest.approx(changed, abs=2 / counted.sum())
     assert after.changed_share > 0
+
+
+def test_a_tuned_model_that_computes_nan_does_not_fit(model: Any, suite: SAESuite) -> None:
+    token = IDS[0][3]
+    result = diagnose(
+        model, tiny_tokenizer(), suite, TEXTS, layers=[2], tuned=broken_at(model, token), scan=0, show_progress=False
+    )
+    [told] = [finding for finding in result.findings if finding.check == "dtype"]
+    assert (told.severity, told.layers) == ("fail", (2,))
+    assert told.what.endswith(" tokens of the tuned model are NaN or inf at layer 2.")
+    count = re.match(r"In float32 the residuals of (\d+) ", told.what)
+    assert count is not None
+    texts = [row for row in IDS if token in row]
+    assert len(texts) < len(IDS)
+    assert sum(len(row) - row.index(token) for row in texts) <= int(count[1]) <= sum(map(len, texts))
+    assert (result.verdict, result.kl, result.tuned) == ("does not fit", None, ())
+    assert len(result.layers) == 1  # the base model is judged all the same
+
+
+def test_nan_in_the_head_of_a_tuned_model_is_told_and_no_divergence(model: Any, suite: SAESuite) -> None:
+    tuned = copy.deepcopy(model)
+    tuned.lm_head = torch.nn.Linear(32, 96, bias=False)
+    torch.nn.init.constant_(tuned.lm_head.weight, math.nan)
+    result = diagnose(model, tiny_tokenizer(), suite, TEXTS, layers=[2], tuned=tuned, scan=0, show_progress=False)
+    assert result.kl is None
+    assert [finding.severity for finding in result.findings if finding.check == "dtype"] == ["fail"]
+    assert not any("nan" in finding.what for finding in result.findings)
+    assert result.tuned[0].jaccard == 1.0
+
+
+def test_a_token_that_the_head_rules_out_adds_nothing_to_the_divergence(model: Any) -> None:
+    masked = copy.deepcopy(model)
+    masked.lm_head = torch.nn.Linear(32, 96)
+    with torch.no_grad():
+        masked.lm_head.bias[7] = -math.inf
+    assert divergence(masked, copy.deepcopy(masked), RUN) == 0.0
+
+
+def test_a_tuned_model_of_outliers_alone_is_compared_at_no_token(model: Any, saes: dict[int, Any]) -> None:
+    far = copy.deepcopy(model)
+    with torch.no_grad():
+        far.model.embed_tokens.weight.mul_(1e4)
+    for one in compared(model, far, saes):
+        assert one.num_tokens == 0
+        assert math.isnan(one.fvu)
 
 
 def test_divergence_is_the_mean_over_all_positions_of_the_sample(model: Any) -> None:

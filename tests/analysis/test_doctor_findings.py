@@ -314,6 +314,14 @@ def test_a_tuned_model_is_judged_by_fit_and_by_features(fvu: float, overlap: flo
     assert all("KL(base || tuned) 0.250 nats a token" in one.what for one in found)
 
 
+def test_tokens_that_only_the_tuned_model_makes_outliers_are_told() -> None:
+    for tokens, checks in ((4800, ["tuned"]), (4700, ["tuned outliers"])):
+        found = surroundings.judge_tuned([replace(tuned(0.2), num_tokens=tokens)], [layer_fit()], None)
+        assert [one.check for one in found] == checks
+    assert found[0].severity == "warn"
+    assert found[0].what.startswith("6 % of tokens in layer 3 are left out of the comparison")
+
+
 def test_drift_in_one_layer_of_many_is_a_note() -> None:
     layers = [layer_fit(n) for n in (2, 3, 4)]
     [found] = surroundings.judge_tuned([tuned(0.3, layer=2), tuned(0.2), tuned(0.2, layer=4)], layers, None)
@@ -323,11 +331,26 @@ def test_drift_in_one_layer_of_many_is_a_note() -> None:
 
 
 def test_overflow_names_the_first_place_and_the_way_out() -> None:
-    assert surroundings.judge_overflow(SURVEY, NUM_LAYERS, "float16") == []
-    [found] = surroundings.judge_overflow(SURVEY._replace(not_finite={5: 7, 8: 7}), NUM_LAYERS, "float16")
+    assert surroundings.judge_overflow({}, NUM_LAYERS, "float16") == []
+    [found] = surroundings.judge_overflow({5: 7, 8: 7}, NUM_LAYERS, "float16")
     assert (found.severity, found.layers) == ("fail", (5,))
     assert "In float16 the residuals of 7 tokens are NaN or inf at layer 5, and at 1 place after it." in found.what
     assert "bfloat16 or float32 (`--dtype`)" in found.action
+
+
+def test_overflow_in_one_context_is_a_misfit() -> None:
+    fits = [replace(context(0.2)[0], layer=layer, not_finite=bad) for layer, bad in ((2, 0), (3, 7), (4, 9))]
+    assert surroundings.judge_contexts(fits[:1], NUM_LAYERS, "float16", "after BOS") == []
+    [found] = surroundings.judge_contexts(fits, NUM_LAYERS, "float16", "after BOS")
+    assert (found.check, found.severity, found.layers) == ("dtype", "fail", (3, 4))
+    assert "In float16 the residuals of 7 tokens after BOS are NaN or inf at layer 3, and at 1 place" in found.what
+
+
+def test_a_divergence_that_is_nan_is_a_misfit_and_no_figure() -> None:
+    assert surroundings.judge_divergence(None) == surroundings.judge_divergence(0.3) == []
+    [found] = surroundings.judge_divergence(math.nan)
+    assert (found.check, found.severity) == ("dtype", "fail")
+    assert "Next-token probabilities of the base or the tuned model are NaN" in found.what
 
 
 def test_long_findings_are_wrapped_under_their_heads() -> None:

@@ -291,9 +291,14 @@ def test_without_extras_nothing_is_noted_but_norm_outliers(assets: Path) -> None
     assert format_notes(found) == f"tokens masked for a residual of outlying length: {count} in L3\n"
 
 
-def test_a_report_that_cannot_be_written_is_an_error_and_the_features_are_kept(assets: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    given = flags(assets, report=str(tmp_path / "file" / "r.html"), output=str(tmp_path / "f.yaml"))
+def test_a_report_that_cannot_be_written_is_an_error_and_the_features_are_kept(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("qscope_trl.analysis.find_report.write_report", full)
+    given = flags(assets, report=str(tmp_path / "r.html"), output=str(tmp_path / "f.yaml"))
     with pytest.raises(ConfigError, match=r"The report cannot be written to '.*r\.html'"):
         find_run.run(FindConfig(**given))
     assert FeatureSet.load(tmp_path / "f.yaml")

@@ -5,75 +5,22 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 
 from qscope_trl import SAESuite
-from qscope_trl.activations import index_run
-from qscope_trl.activations.feature_table import encode_table
-from qscope_trl.analysis.rules import comparison, evaluate_run, learn_run
+from qscope_trl.analysis.rules import comparison, evaluate_run, explain_run, learn_run
 from qscope_trl.analysis.rules.command import main
 from qscope_trl.analysis.rules.comparison import Judge, probe_entries
 from qscope_trl.cli import main as cli
-from qscope_trl.config.index import IndexConfig
-from qscope_trl.config.rules import RulesEvaluateConfig, RulesLearnConfig
+from qscope_trl.config.rules import RulesExplainConfig
 from qscope_trl.errors import ConfigError, DataError, RuleError
-from qscope_trl.features import Feature, FeatureId, FeatureSet
+from qscope_trl.features import Feature, FeatureSet
 from qscope_trl.rules import compile_rule, load_rule
-from tests.tiny import D_SAE, K, sentence, tiny_model, tiny_tokenizer, write_saes
-
-NUM = 160
-LAYERS = (1, 2)
-
-
-class World:
-    """A model, SAEs, and texts that are toxic where one feature fires."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        model = tiny_model().eval()
-        model.save_pretrained(folder / "model")
-        tiny_tokenizer().save_pretrained(folder / "model")
-        saes = SAESuite.from_pretrained(write_saes(folder / "saes"), k=K)
-        generator = torch.Generator().manual_seed(0)
-        self.texts = [sentence(generator, 4 + i % 7) for i in range(NUM)]
-        every = [FeatureId(layer, index) for layer in LAYERS for index in range(D_SAE)]
-        self.table = encode_table(model, tiny_tokenizer(), saes, self.texts, every, show_progress=False)
-        rates = (self.table.matrix("max") > 0).mean(0)
-        self.feature = every[int(np.argmin(np.abs(rates - 0.4)))]
-        self.labels = self.table.values(self.feature, "max") > 0
-        rows = [{"text": t, "toxic": int(y), "page": i // 2} for i, (t, y) in enumerate(self.rows())]
-        self.data = folder / "data.jsonl"
-        self.data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        # The layout of `textdetox/multilingual_toxicity_dataset`: a Parquet file for each language.
-        (folder / "toxicity" / "data").mkdir(parents=True)
-        for language, part in (("en", rows[: NUM // 2]), ("de", rows[NUM // 2 :])):
-            texts = [{"text": row["text"], "toxic": row["toxic"]} for row in part]
-            Dataset.from_list(texts).to_parquet(folder / "toxicity" / "data" / f"{language}-00000-of-00001.parquet")
-
-    def rows(self) -> list[tuple[str, bool]]:
-        return list(zip(self.texts, self.labels.tolist(), strict=True))
-
-    def settings(self, **changes: Any) -> dict[str, Any]:
-        return {
-            "model": str(self.folder / "model"), "saes": str(self.folder / "saes"), "sae_k": K, "batch_size": 32,
-            "device": "cpu", "data": str(self.data), "label_column": "toxic", **changes,
-        }  # fmt: skip
-
-    def learn(self, output: Path, **changes: Any) -> RulesLearnConfig:
-        few = {"candidates": 6, "thresholds": 2, "max_size": 3, "beam_width": 2, "folds": 3, "layers": "1,2"}
-        return RulesLearnConfig(**self.settings(output=str(output), **{**few, **changes}))
-
-    def flags(self, **changes: Any) -> list[str]:
-        return [
-            word
-            for name, value in self.settings(**changes).items()
-            for word in (f"--{name.replace('_', '-')}", str(value))
-        ]
+from tests.analysis.rules_world import LAYERS, NUM, World
+from tests.tiny import K, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -161,39 +108,13 @@ def test_test_texts_that_were_learned_from_are_told(world: World, tmp_path: Path
     )
 
 
-def test_a_store_gives_the_same_rule_without_the_model(
-    world: World, learned: tuple[learn_run.LearnResult, Path], tmp_path: Path
-) -> None:
-    store = str(tmp_path / "store")
-    shared = {"model": str(world.folder / "model"), "saes": str(world.folder / "saes"), "sae_k": K, "device": "cpu"}
-    index_run.run(
-        IndexConfig(**shared, layers="1,2", data=str(world.data), output=store, batch_size=32, aggregations="max"),
-        show_progress=False,
-    )
-    config = world.learn(tmp_path / "o.yaml", store=store, group_column="page", name="toxic", baselines=False)
-    # No model: only the store is read.
-    result = learn_run.run(replace(config, model="/no/such/model"))
-    assert str(result.rule) == str(learned[0].rule)
-    assert result.folds == learned[0].folds
-    with_model = learn_run.run(replace(config, baselines=True, random_draws=0))
-    assert with_model.entries[0] == result.entries[0] == learned[0].entries[0]
-
-    with pytest.raises(ConfigError, match=r"has no `rate`, but max. Index the data with it"):
-        learn_run.run(replace(config, aggregation=["rate"]))
-    with pytest.raises(ConfigError, match=r"has no layer 0, but 1, 2. Choose among them by `--layers`"):
-        learn_run.run(replace(config, layers="0,1"))
-    short, other = tmp_path / "short.jsonl", tmp_path / "other.jsonl"
-    lines = world.data.read_text(encoding="utf-8").splitlines(keepends=True)
-    short.write_text("".join(lines[:80]), encoding="utf-8")
-    other.write_text("".join(lines[::-1]), encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"has 160 rows, but .* has 80. A store goes with exactly the data"):
-        learn_run.run(replace(config, data=str(short)))
-    with pytest.raises(ConfigError, match=r"was made of other data than .*: fingerprint .* Index the data again"):
-        learn_run.run(replace(config, data=str(other)))
-    saes = write_saes(tmp_path / "saes")
-    torch.save(torch.load(saes / "layer0.sae.pt"), saes / "layer1.sae.pt")
-    with pytest.raises(ConfigError, match="was made with another SAE of layer 1 than"):
-        learn_run.run(replace(config, saes=str(saes)))
+def test_the_first_rows_of_the_test_and_of_what_is_fitted_on_are_counted_apart(world: World) -> None:
+    given = world.evaluation(fit_data=str(world.data), max_rows=40, random_draws=0)
+    for fit_rows, wanted in ((None, NUM), (90, 90)):
+        judge = evaluate_run.run(replace(given, max_fit_rows=fit_rows)).judge
+        assert judge.train is not None
+        assert judge.development is not None
+        assert (judge.test.sum(), judge.train.sum() + judge.development.sum()) == (40, wanted)
 
 
 def test_learn_writes_report_and_figures(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -237,13 +158,9 @@ def test_the_toxicity_set_is_read_language_by_language(
     assert "missed" in (tmp_path / "de.html").read_text(encoding="utf-8")
 
 
-def evaluation(world: World, **changes: Any) -> RulesEvaluateConfig:
-    return RulesEvaluateConfig(**world.settings(rule=str(world.feature), **changes))
-
-
 def test_evaluation_equals_the_rule_on_a_table(world: World) -> None:
     text = f"{world.feature} > 0.3 or any(L1: 5, 6; L2F9 > 0.2)"
-    result = evaluate_run.run(replace(evaluation(world), rule=text))
+    result = evaluate_run.run(replace(world.evaluation(), rule=text))
     held = compile_rule(text).evaluate(world.table)
     run = result.entries[0].runs[0]
     assert (run.told, run.positive) == (held.sum(), world.labels.sum())
@@ -254,7 +171,7 @@ def test_evaluation_equals_the_rule_on_a_table(world: World) -> None:
 
 
 def test_texts_both_fitted_and_tested_on_are_told(world: World) -> None:
-    config = evaluation(world, fit_data=str(world.data), random_draws=0)
+    config = world.evaluation(fit_data=str(world.data), random_draws=0)
     assert "groups of the texts to fit on are tested on too" in evaluate_run.run(config).notes[0]
 
 
@@ -309,6 +226,26 @@ def test_explain_shows_values_and_tokens(world: World, tmp_path: Path, capsys: p
     assert "..." in shown
 
 
+def test_conversations_are_explained_as_the_template_renders_them(world: World, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} w9{% endfor %}"
+    tiny_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"text": [{"role": "user", "content": "w3 w4"}]}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    found = explain_run.run(
+        RulesExplainConfig(
+            model=str(tmp_path / "model"),
+            saes=str(world.folder / "saes"),
+            sae_k=K,
+            rule="L1F3",
+            data=str(tmp_path / "chat.jsonl"),
+            rows="0",
+        )
+    )
+    assert [one.text for one in found.texts] == ["w3 w4 w9"]
+
+
 def test_check_writes_the_rule_with_fingerprints(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -334,7 +271,7 @@ def test_an_unknown_feature_is_shown_with_its_place(world: World, capsys: pytest
         "          ^",
     ]
     for run in (
-        lambda: evaluate_run.run(replace(evaluation(world), rule="L9F3")),
+        lambda: evaluate_run.run(replace(world.evaluation(), rule="L9F3")),
         lambda: main(["explain", *world.flags()[:6], "--rule", "L9F3", "--text", "w2 w3"]),
     ):
         with pytest.raises(RuleError, match=r"Line 1, column 1: L9F3 is not there"):

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
 from qscope_trl.analysis.rules.data import TEST, Labelled, deal, read_labelled
 from qscope_trl.config.rules import LabelledConfig
 from qscope_trl.errors import DataError
+from tests.tiny import tiny_tokenizer
 
 
 def write(path: Path, rows: list[dict[str, object]]) -> str:
@@ -46,9 +48,29 @@ def test_two_files_give_the_two_classes(tmp_path: Path) -> None:
     assert (found.texts, found.labels.tolist()) == (["a", "b", "c"], [True, True, False])
 
 
+def test_conversations_go_through_the_template_of_the_model(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}w9 {{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"text": [{"role": "user", "content": f"w{i}"}], "y": i} for i in range(2)]
+    data = write(tmp_path / "a.jsonl", rows)  # type: ignore[arg-type]
+    found = read_labelled(settings(model=str(tmp_path / "model"), data=data, label_column="y"))
+    assert found.texts == ["w9 w0", "w9 w1"]
+
+
+def test_half_characters_in_groups_and_texts_are_replaced(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"text": f"\ud83d {i}", "y": i % 2, "g": "\ud83d"} for i in range(4)])
+    found = read_labelled(settings(data=path, label_column="y", group_column="g"), group_column="g")
+    assert (found.texts[0], found.groups[0]) == ("\ufffd 0", "\ufffd")
+
+
 def test_only_the_first_rows_are_read(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"text": f"t {i}", "y": i % 2} for i in range(9)])
-    assert len(read_labelled(settings(data=path, label_column="y", max_rows=4))) == 4
+    found = settings(data=path, label_column="y", max_rows=4)
+    assert len(read_labelled(found)) == 4
+    # Another set has its own limit, or none.
+    assert len(read_labelled(found, data=path)) == 9
+    assert len(read_labelled(found, data=path, max_rows=6)) == 6
 
 
 def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
@@ -59,6 +81,14 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
         read_labelled(settings(data=path, label_column="z"))
     with pytest.raises(DataError, match=r"Row 1 of .* has no label: column `y` is null there"):
         read_labelled(settings(data=path, label_column="y"))
+    # A Parquet column of numbers, as pandas writes one with gaps.
+    for value, message in (
+        (float("nan"), "Row 1 of .* has no label: column `y` is null there. Leave such rows out"),
+        (float("inf"), "Row 1 of .* has the label inf in column `y`, which names no class"),
+    ):
+        Dataset.from_dict({"text": ["a", "b"], "y": [1.0, value]}).to_parquet(tmp_path / "a.parquet")
+        with pytest.raises(DataError, match=message):
+            read_labelled(settings(data=str(tmp_path / "a.parquet"), label_column="y"))
     with pytest.raises(DataError, match="Name the right one by `group_column`"):
         read_labelled(settings(data=path, label_column="y"), group_column="page")
     for value, which in ((1, "positive"), (0, "negative")):

@@ -30,7 +30,7 @@ EXPLAIN: dict[str, Any] = {"model": "m", "saes": "s", "rule": "L1F1", "text": ["
         (RulesLearnConfig, LEARN, {"aggregation": ["sum"]}, "aggregation"),
         (RulesLearnConfig, LEARN, {"test_share": 1.0}, "`test_share` is 1.0; it is a share between 0 and 1"),
         (RulesLearnConfig, LEARN, {"test_split": "x"}, "`--test-split` is a split of `--test-data`"),
-        (RulesLearnConfig, LEARN, {"store": "x", "test_data": "t"}, "`--store` is of one data set"),
+        (RulesLearnConfig, LEARN, {"store": "x", "test_data": "t"}, "it does not go with `--test-data`"),
         (
             RulesLearnConfig,
             {**LEARN, "data": None, "label_column": None, "positive": "p", "negative": "n"},
@@ -46,6 +46,14 @@ EXPLAIN: dict[str, Any] = {"model": "m", "saes": "s", "rule": "L1F1", "text": ["
         (RulesEvaluateConfig, EVALUATE, {"fit_split": "x"}, "`--fit-split` is a split of `--fit-data`"),
         (RulesEvaluateConfig, EVALUATE, {"fit_split": "x", "layers": "1"}, "`--fit-split` is a split of"),
         (RulesEvaluateConfig, EVALUATE, {"layers": "one"}, "layers"),
+        (RulesEvaluateConfig, EVALUATE, {"max_fit_rows": 9}, "`--max-fit-rows` is of `--fit-data`"),
+        (RulesEvaluateConfig, {**EVALUATE, "fit_data": "f"}, {"max_fit_rows": 1}, "max_fit_rows"),
+        (
+            RulesEvaluateConfig,
+            {**EVALUATE, "data": None, "label_column": None, "positive": "p", "negative": "n"},
+            {"store": "x"},
+            "`--store` is of one data set, `--data`; it does not go with `--positive`",
+        ),
         (
             RulesEvaluateConfig,
             {**EVALUATE, "data": None, "label_column": None, "positive": "p", "negative": "n"},

@@ -56,6 +56,18 @@ def test_counts_equal_those_of_single_texts(world: World, batch_size: int) -> No
         assert 0 < wanted.max() < len(world.others)
 
 
+def test_conversations_are_counted_as_the_template_renders_them(world: World, tmp_path: Path) -> None:
+    texts = world.others[:12]
+    chats = [{"text": [{"role": "user", "content": text}]} for text in texts]
+    rendered = [{"text": f"{text} w2 "} for text in texts]
+    found = surveyed(world, write_rows(tmp_path / "chat.jsonl", chats), num_beginnings=1)
+    wanted = surveyed(world, write_rows(tmp_path / "text.jsonl", rendered), num_beginnings=1)
+    assert found.beginnings == wanted.beginnings
+    for layer in LAYERS:
+        assert found.counts[layer].tolist() == wanted.counts[layer].tolist()
+        assert found.counts[layer].any()
+
+
 def test_top_texts_are_different_strongest_first_with_the_place_of_the_peak(world: World, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "twice.jsonl", [{"text": text} for text in [*world.others, *world.others[:30]]])
     found = surveyed(world, path, features=world.targets, num_examples=3, batch_size=4)

@@ -189,6 +189,8 @@ ENDPOINT = {"generator": "endpoint", "base_url": "http://localhost:8000/v1", "ge
         ({"data": None, "store": "x", "max_rows": 3}, "`--max-rows` is for `--data`"),
         ({"generator": "endpoint"}, "`--generator endpoint` needs `--base-url`"),
         ({**ENDPOINT, "base_url": "localhost:8000"}, "begins with http:// or https:// and a host"),
+        ({**ENDPOINT, "base_url": "http://[::1/v1"}, "begins with http:// or https:// and a host"),
+        ({**ENDPOINT, "base_url": "http://host:80a/v1"}, "begins with http:// or https:// and a host"),
         ({**ENDPOINT, "base_url": "http://me:key@host/v1"}, "would be written to the journal"),
         ({**ENDPOINT, "base_url": "http://host/v1?key=a"}, "would be written to the journal"),
         ({"api_key_env": "KEY"}, "`--api-key-env` and `--extra-body` are for `--generator endpoint`"),

@@ -11,14 +11,12 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from scipy import sparse
 
 from qscope_trl.activations.sources import open_source
 from qscope_trl.analysis.synthesis.plan import Recipe
@@ -307,26 +305,6 @@ def test_given_prompts_are_used(world: World, tmp_path: Path) -> None:
     for row in result.rows:
         given = mine if row["feature"] == own else common
         assert row["prompt"] == given[int(row["key"].rsplit(" ", 1)[1]) % len(given)]
-
-
-def test_a_store_is_counted_without_the_model(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    largest = np.zeros((6, 128))
-    largest[:4, world.missing[0].index] = [0.2, 0.4, 0.5, 0.6]
-    checked: list[FeatureSet] = []
-    store = SimpleNamespace(
-        path="store",
-        num_rows=6,
-        manifest={},
-        check_fits=checked.append,
-        d_sae=lambda layer: 128,
-        iter_csr=lambda layer, aggregation: [sparse.csr_array(largest * (layer == world.missing[0].layer))],
-    )
-    monkeypatch.setattr("qscope_trl.activations.store.FeatureStore.open", lambda path: store)
-    flags = {"data": None, "store": "store", "generator": "none", "model": "absent", "saes": "absent"}
-    result = run(world.config(tmp_path / "out", **flags), show_progress=False)
-    assert result.before.counts == {one: 3 * (one == world.missing[0]) for one in world.targets}
-    assert result.before.num_texts == 6
-    assert [chosen.ids for chosen in checked] == [tuple(world.targets)]
 
 
 def test_prompts_for_a_feature_that_is_no_target_are_refused(world: World, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
+from qscope_trl.activations.chat import model_chat_renderer
 from qscope_trl.analysis.texts import prepare_group, read_groups, read_texts
 from qscope_trl.config.find import FindConfig
 from qscope_trl.errors import ConfigError, DataError
@@ -25,6 +26,8 @@ def write(path: Path) -> Path:
         path.write_text(json.dumps(ROWS))
     elif path.suffix == ".parquet":
         Dataset.from_list(ROWS).to_parquet(path)
+    elif path.suffix == ".csv":
+        path.write_text("text,lang\n" + "".join(f"{row['text']},{row['lang']}\n" for row in ROWS))
     else:
         path.write_text("".join(row["text"] + "\n" for row in ROWS))
     return path
@@ -34,9 +37,46 @@ def config(**settings) -> FindConfig:
     return FindConfig(model="m", saes="s", layers="0", output="o.yaml", **settings)
 
 
-@pytest.mark.parametrize("name", ["zh.jsonl", "zh.jsonl.gz", "zh.json", "zh.parquet", "zh.txt"])
+def read(path: Path, **settings) -> list[str]:
+    return read_texts(str(path), config(positive="a", negative="b", **settings))
+
+
+@pytest.mark.parametrize("name", ["zh.jsonl", "zh.jsonl.gz", "zh.json", "zh.parquet", "zh.csv", "zh.txt"])
 def test_every_format_gives_the_texts_without_blank_ones(name: str, tmp_path: Path) -> None:
-    assert read_texts(write(tmp_path / name), "text") == ["w2 w3", "w4 w5 w6"]
+    assert read(write(tmp_path / name)) == ["w2 w3", "w4 w5 w6"]
+
+
+def test_what_other_commands_read_is_read_here_too(tmp_path: Path) -> None:
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS)
+    (tmp_path / "lines.json").write_text("\ufeff" + lines, encoding="utf-8")
+    assert read(tmp_path / "lines.json") == ["w2 w3", "w4 w5 w6"]
+    assert read(tmp_path / "lines.json", text_column="text+lang") == ["w2 w3zh", "  zh", "w4 w5 w6en"]
+    (tmp_path / "half.jsonl").write_text(r'{"text": "w2 \ud83d w3"}' + "\n")
+    assert read(tmp_path / "half.jsonl") == ["w2 \ufffd w3"]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write(folder / "train.jsonl")
+    (folder / "test.jsonl").write_text('{"text": "w9"}\n')
+    assert read(folder, data_split="test") == ["w9"]
+    with pytest.raises(ConfigError, match="has several splits"):
+        read(folder)
+
+
+def test_conversations_go_through_the_template_of_the_model(tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "w3"}], "lang": "zh"}) + "\n")
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "plain")
+    tokenizer.chat_template = "{% for m in messages %}w9 {{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "chatty")
+    given = config(positive="a", negative="b", text_column="messages")
+    assert read_texts(str(path), given, model_chat_renderer(str(tmp_path / "chatty"))) == ["w9 w3"]
+    with pytest.raises(DataError, match=r"the tokenizer of '.*plain' has no chat template"):
+        read_texts(str(path), given, model_chat_renderer(str(tmp_path / "plain")))
+    with pytest.raises(ConfigError, match=r"The model '.*none' cannot be loaded"):
+        read_texts(str(path), given, model_chat_renderer(str(tmp_path / "none")))
+    # Texts need no tokenizer.
+    assert read_texts(str(path), config(positive="a", negative="b", text_column="lang")) == ["zh"]
 
 
 def test_groups_are_named_after_files_columns_or_by_hand(tmp_path: Path) -> None:
@@ -70,9 +110,13 @@ def test_groups_may_be_whole_numbers_or_booleans(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps({"text": f"w{n}", "toxic": n % 2}) + "\n" for n in range(5)))
     groups, target = read_groups(config(data=str(path), group_column="toxic", target="1"))
     assert (groups, target) == ({"0": ["w0", "w2", "w4"], "1": ["w1", "w3"]}, "1")
+    path.write_text("".join(json.dumps({"text": f"w{n}", "toxic": float(n % 2)}) + "\n" for n in range(5)))
+    assert read_groups(config(data=str(path), group_column="toxic", target="1")) == (groups, target)
     path.write_text('{"text": "w1", "toxic": 0.5}\n')
-    with pytest.raises(DataError, match=r"Column `toxic` of .* holds 0\.5, which is not a string"):
+    with pytest.raises(DataError, match=r"Row 0 of .* holds 0\.5 in column `toxic`, which names no group"):
         read_groups(config(data=str(path), group_column="toxic", target="1"))
+    with pytest.raises(DataError, match=r"Row 0 of .* has no column `kind`; it has `text`, `toxic`"):
+        read_groups(config(data=str(path), group_column="kind", target="1"))
 
 
 def test_groups_that_do_not_work_are_refused(tmp_path: Path) -> None:
@@ -91,10 +135,10 @@ def test_groups_that_do_not_work_are_refused(tmp_path: Path) -> None:
         ("a.jsonl", "", "holds no text"),
         ("a.jsonl", '{"text": " "}\n', "holds no text"),
         ("a.jsonl", '{"content": "x", "id": 1}\n', "no column `text`; it has `content`, `id`"),
-        ("a.jsonl", '{"text": 3}\n', "holds 3, which is not a string"),
-        ("a.jsonl", "[1]\n", "holds a list where a mapping"),
-        ("a.jsonl", "{oops\n", "cannot be read as jsonl"),
-        ("a.json", '{"text": "x"}', "holds a dict, not a list"),
+        ("a.jsonl", '{"text": 3}\n', "holds 3 in column `text`, which is not a text"),
+        ("a.jsonl", "[1]\n", "is a list, not a mapping"),
+        ("a.jsonl", "{oops\n", "Line 1 of .* is not JSON"),
+        ("a.json", "[3]", "Entry 0 of .* is a int, not a mapping"),
         ("a.parquet", "no parquet", "cannot be read as parquet"),
         ("a.docx", "x", "is of no known kind"),
     ],
@@ -102,12 +146,12 @@ def test_groups_that_do_not_work_are_refused(tmp_path: Path) -> None:
 def test_unusable_files_say_what_is_wrong(name: str, content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
-        read_texts(tmp_path / name, "text")
+        read(tmp_path / name)
 
 
 def test_missing_file_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="No text file at"):
-        read_texts(tmp_path / "none.jsonl", "text")
+    with pytest.raises(DataError, match="No file or folder at"):
+        read(tmp_path / "none.jsonl")
 
 
 def test_holdout_depends_on_content_not_on_order_and_keeps_equal_texts_together() -> None:
@@ -132,6 +176,11 @@ def test_max_tokens_ends_a_group_early() -> None:
 def test_groups_without_usable_or_spare_texts_are_errors() -> None:
     with pytest.raises(DataError, match="No token of group `g` is left"):
         prepare_group("g", ["w2", "w3"], tiny_tokenizer())
-    with pytest.raises(DataError, match="Group `g` has one usable text"):
+    with pytest.raises(DataError, match="Group `g` has one different text, so none can be held out"):
         prepare_group("g", ["w2 w3", "w2 w3"], tiny_tokenizer())
     assert prepare_group("g", ["w2 w3"], tiny_tokenizer(), holdout=0).heldout == [False]
+
+
+def test_half_characters_are_read_as_replaced() -> None:
+    group = prepare_group("g", ["w2 w3 \ud83d w4"], tiny_tokenizer(), holdout=0)
+    assert group.token_ids == prepare_group("g", ["w2 w3 \ufffd w4"], tiny_tokenizer(), holdout=0).token_ids

@@ -68,7 +68,7 @@ def test_layers_narrow_the_suite_and_its_reopening(folder: Path) -> None:
 def test_missing_layer_lists_what_there_is(folder: Path) -> None:
     message = (
         rf"No SAE for layer 31 in '{folder}': found layers 0-2, 5. "
-        r"Set `sae_layers` within that range, or download `layer31.sae.pt`."
+        r"Choose layers within that range, or download `layer31.sae.pt`."
     )
     with pytest.raises(CheckpointError, match=message):
         SAESuite.from_pretrained(folder, layers=[0, 31])
@@ -78,7 +78,7 @@ def test_missing_layer_lists_what_there_is(folder: Path) -> None:
 
 def test_missing_layer_of_another_format_does_not_speak_of_qwen_scope_files(tmp_path: Path) -> None:
     write_saelens(tmp_path, random_weights(), saelens_config(5))
-    with pytest.raises(CheckpointError, match=r"found layers 5. Set `sae_layers` within that range\.$"):
+    with pytest.raises(CheckpointError, match=r"found layers 5. Choose layers within that range\.$"):
         SAESuite.from_pretrained(tmp_path, layers=[4])
 
 

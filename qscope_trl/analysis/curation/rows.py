@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from qscope_trl.activations.sources import RowSource
 from qscope_trl.analysis.curation.choosing import Keys, content_key, value_name
+from qscope_trl.analysis.curation.equal import TextKeys, text_key, text_keys
 from qscope_trl.errors import ConfigError, DataError
 
 BLOCK = 2048
@@ -59,6 +60,9 @@ class RowFacts(NamedTuple):
     schema: Any
     """`pyarrow.Schema` of the columns, in the order in which they appear."""
 
+    texts: TextKeys | None = None
+    """Hash of each row's text, if rows are compared."""
+
 
 class RowReader:
     """Reads rows and keeps their facts.
@@ -68,11 +72,25 @@ class RowReader:
         seed: Seed of the keys.
         wanted: Columns whose values are needed, however many they are.
         added: Columns that will be added, and must not be there.
+        text_column: Column of the texts, which is no column of few values.
+        hashes_texts: Whether texts are hashed, to tell equal ones.
     """
 
-    def __init__(self, source: RowSource, *, seed: int, wanted: Iterable[str] = (), added: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        source: RowSource,
+        *,
+        seed: int,
+        wanted: Iterable[str] = (),
+        added: Iterable[str] = (),
+        text_column: str,
+        hashes_texts: bool = False,
+    ) -> None:
         self.source = source
         self.seed = seed
+        self.text_column = text_column
+        self._text_columns = {text_column, *map(str.strip, text_column.split("+"))}
+        self._texts: list[bytes] | None = [] if hashes_texts else None
         self._wanted = list(wanted)
         self._added = list(added)
         self._keys: list[int] = []
@@ -103,7 +121,8 @@ class RowReader:
         """What was kept of all rows."""
         columns = {name: values.column() for name, values in self._values.items() if not values.too_many}
         keys = np.array(self._keys, dtype=np.uint64)
-        return RowFacts(self._num_rows, keys, columns, self._schema.schema())
+        texts = None if self._texts is None else text_keys(self._texts)
+        return RowFacts(self._num_rows, keys, columns, self._schema.schema(), texts)
 
     def _taken(self, block: list[dict[str, Any]]) -> list[dict[str, Any]]:
         names = list(dict.fromkeys(name for row in block for name in row))
@@ -113,7 +132,7 @@ class RowReader:
                     f"'{self.source.name}' has a column `{name}` already, which curation would add. Give the tag or "
                     f"score another name, or the other columns another `--prefix`."
                 )
-            if name not in self._values:
+            if name not in self._values and (name in self._wanted or name not in self._text_columns):
                 self._values[name] = _Values(self._num_rows, limited=name not in self._wanted)
         missing = next((name for name in self._wanted if name not in self._values), None)
         if missing is not None:
@@ -125,6 +144,11 @@ class RowReader:
             values.add([row.get(name) for row in block])
         self._schema.add(block, names, self._num_rows)
         self._keys.extend(content_key(row, self.seed) for row in block)
+        if self._texts is not None:
+            self._texts.extend(
+                text_key(row, text_column=self.text_column, source_name=self.source.name, index=self._num_rows + place)
+                for place, row in enumerate(block)
+            )
         self._num_rows += len(block)
         return block
 

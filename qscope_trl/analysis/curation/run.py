@@ -9,13 +9,14 @@ from typing import Any, NamedTuple, cast
 from tqdm.auto import tqdm
 
 from qscope_trl.activations.sources import RowSource, open_source, text_of
+from qscope_trl.analysis.curation.equal import TextKeys, source_keys
 from qscope_trl.analysis.curation.examples import collect_examples
 from qscope_trl.analysis.curation.features import Block, Features, ModelReader, Needs, join_blocks
 from qscope_trl.analysis.curation.report import build_report, format_report, write_report
 from qscope_trl.analysis.curation.rows import RowReader
 from qscope_trl.analysis.curation.sets import ActiveSets, sparse
 from qscope_trl.analysis.curation.steps import Decision, Rules, added_columns, decide
-from qscope_trl.analysis.curation.stored import StoreReader, reference_sets
+from qscope_trl.analysis.curation.stored import StoreReader, is_store, reference_sets
 from qscope_trl.analysis.curation.writing import output_folder, refuse_output, write_removed, write_rows
 from qscope_trl.config.curate import CurateConfig
 from qscope_trl.errors import DataError
@@ -58,7 +59,14 @@ def run(config: CurateConfig, *, show_progress: bool = True) -> Curated:
     needs = Needs.of(config, rules.all())
     reader = _reader(config, rules.all(), needs, source)
     wanted = [name for name in config.balance if name not in config.tags]
-    rows = RowReader(source, seed=config.seed, wanted=wanted, added=added_columns(config))
+    rows = RowReader(
+        source,
+        seed=config.seed,
+        wanted=wanted,
+        added=added_columns(config),
+        text_column=config.text_column,
+        hashes_texts=needs.compares_sets,
+    )
     features = _read(config, source, rows, reader, show_progress)
     facts = rows.facts()
     if isinstance(reader, StoreReader) and reader.store.num_rows != facts.num_rows:
@@ -71,7 +79,13 @@ def run(config: CurateConfig, *, show_progress: bool = True) -> Curated:
         # Asked for when rows are compared, and then something reads them.
         return reference_sets(name, cast("ModelReader | StoreReader", reader), config, needs.value)
 
-    decision = decide(config, rules, facts, features, reference, show_progress=show_progress)
+    def reference_texts(name: str) -> TextKeys | None:
+        if is_store(name):
+            return None
+        others = open_source(name, split=config.reference_split, config=config.reference_config)
+        return source_keys(others, config.reference_column or config.text_column)
+
+    decision = decide(config, rules, facts, features, reference, reference_texts, show_progress=show_progress)
     report = build_report(config, source, rules, facts, features, decision, reader)
     if config.dry_run or config.output is None:
         return Curated(None, report, decision)

@@ -7,7 +7,8 @@ Three measures, each a number from 0 to 1:
 * `cosine`: of the activations times idf. Each layer is brought to length 1 before, so that layers with larger
   activations count no more than others.
 
-A document without an active feature is near nothing, not even its like. Left out: learned or dense embeddings.
+A document without an active feature is near nothing, not even its like; equal texts are told by `equal.py`. Left out:
+learned or dense embeddings.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from qscope_trl.analysis.curation.choosing import (
     nearest_rows,
     refuse_shortages,
 )
+from qscope_trl.analysis.curation.equal import TextKeys, part_copies, with_copies, with_equal
 from qscope_trl.analysis.curation.features import Features
 from qscope_trl.analysis.curation.leaders import near_duplicates
 from qscope_trl.analysis.curation.references import near_references, similarity_to
@@ -47,6 +48,9 @@ _MOST_LEAVES = 5
 
 Reference = Callable[[str], ActiveSets]
 """The active features of a dataset or store that others are compared with."""
+
+ReferenceTexts = Callable[[str], TextKeys | None]
+"""Hashes of its texts; `None` for a store, which holds none."""
 
 
 class Rules(NamedTuple):
@@ -144,6 +148,7 @@ def decide(
     facts: RowFacts,
     features: Features,
     reference: Reference,
+    reference_texts: ReferenceTexts,
     *,
     show_progress: bool = True,
 ) -> Decision:
@@ -155,6 +160,7 @@ def decide(
         facts: What is known of the rows.
         features: Their features.
         reference: Gives the active features of another dataset.
+        reference_texts: Gives the hashes of its texts.
         show_progress: Whether to show progress bars on stderr.
 
     Raises:
@@ -171,7 +177,7 @@ def decide(
             decision.columns[name] = rule.score(table)
         _filter(decision, rules, table)
     if features.sets is not None:
-        _compare(config, decision, facts, features, reference, show_progress)
+        _compare(config, decision, facts, features, reference, reference_texts, show_progress)
     _count(config, decision, facts)
     return decision
 
@@ -214,10 +220,11 @@ def _compare(
     facts: RowFacts,
     features: Features,
     reference: Reference,
+    reference_texts: ReferenceTexts,
     show_progress: bool,
 ) -> None:
     sets = features.sets
-    if sets is None:
+    if sets is None or facts.texts is None:
         return
     # Of the whole data, so that no step changes what another one measures.
     idf = inverse_document_frequency(sets)
@@ -230,6 +237,9 @@ def _compare(
             config.exclude_similarity,
             show_progress=show_progress,
         )
+        texts = reference_texts(name)
+        if texts is not None:
+            near = with_equal(near, decision.rows, facts.texts, texts)
         decision.remove(
             Removal(
                 step="exclude_near",
@@ -242,9 +252,10 @@ def _compare(
             )
         )
     if config.deduplicate is not None:
-        order = _priority(config, decision, facts, features)
+        copies = part_copies(facts.texts, _priority(config, decision, facts, features))
         nearness = Nearness(config.deduplicate_by, idf)
-        found = near_duplicates(sets, order, nearness, config.deduplicate, show_progress=show_progress)
+        near_ones = near_duplicates(sets, copies.originals, nearness, config.deduplicate, show_progress=show_progress)
+        found = with_copies(near_ones, copies, facts.num_rows)
         by_row = np.argsort(found.rows)
         decision.columns[f"{config.prefix}duplicates"] = np.bincount(found.leader, minlength=facts.num_rows).astype(
             np.int64

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from qscope_trl.activations.feature_table import FeatureTable
-from qscope_trl.activations.identity import model_identity, tokenizer_checksum
 from qscope_trl.activations.layout import MANIFEST
 from qscope_trl.activations.sources import RowSource
 from qscope_trl.activations.store import FeatureStore
+from qscope_trl.activations.store_checks import (
+    model_reading,
+    refuse_other_data,
+    refuse_other_reading,
+    sae_reading,
+    settings_reading,
+    store_reading,
+)
 from qscope_trl.analysis.curation.features import (
     BLOCK,
     Features,
@@ -49,7 +56,7 @@ class StoreReader:
     def __init__(self, config: CurateConfig, rules: Sequence[Rule], needs: Needs, source: RowSource) -> None:
         self.store = FeatureStore.open(str(config.store))
         self.needs = needs
-        refuse_other_data(self.store, source, config.text_column)
+        refuse_other_data(self.store, source.fingerprint(), source.name, config.text_column)
         for rule in rules:
             rule.check(_StoredSAEs(self.store))
         self.set_layers = chosen_layers(config, self.store.layers) if needs.compares_sets else ()
@@ -92,22 +99,6 @@ class _Spec(NamedTuple):
     d_sae: int
 
 
-def refuse_other_data(store: FeatureStore, source: RowSource, text_column: str) -> None:
-    """Raise `DataError` if a store was made from other data, or from another column of it."""
-    made_from = store.manifest["dataset"]
-    if made_from["fingerprint"] != source.fingerprint():
-        raise DataError(
-            f"The store '{store.path}' was made from '{made_from['name']}', and '{source.name}' is other data, or has "
-            f"changed since. Index it again."
-        )
-    column = store.manifest["settings"]["text_column"]
-    if column != text_column:
-        raise DataError(
-            f"The store '{store.path}' was made from the column `{column}`, not `{text_column}`. "
-            f"Name that one by `--text-column`, or index the other."
-        )
-
-
 def is_store(name: str) -> bool:
     """Whether a name is the folder of a feature store."""
     return (Path(name) / MANIFEST).is_file()
@@ -127,7 +118,8 @@ def reference_sets(
         for layer, mine in reader.fingerprints().items():
             if store.fingerprint(layer) != mine:
                 raise DataError(f"The store '{name}' was made with other SAEs than the data's: layer {layer} differs.")
-        _refuse_other_reading(f"The store '{name}'", _reading(store.manifest), reader_reading(reader))
+        read = store_reading(store, reader.set_layers)
+        refuse_other_reading(f"The store '{name}'", read, reader_reading(reader))
         return stored_sets(store, reader.set_layers, value)
     if isinstance(reader, ModelReader):
         return reader.reference(name, value)
@@ -138,39 +130,17 @@ def reference_sets(
     encoder = ModelReader(config, (), Needs((), (), True, value))
     if encoder.fingerprints() != reader.fingerprints():
         raise DataError(f"'{config.saes}' are other SAEs than those of the store '{config.store}'.")
-    _refuse_other_reading(f"'{name}' as it is encoded here", reader_reading(encoder), reader_reading(reader))
+    refuse_other_reading(f"'{name}' as it is encoded here", reader_reading(encoder), reader_reading(reader))
     return encoder.reference(name, value)
 
 
 def reader_reading(reader: ModelReader | StoreReader) -> dict[str, Any]:
     """What decides a text's features beside the SAEs."""
+    layers = reader.set_layers
     if isinstance(reader, StoreReader):
-        return _reading(reader.store.manifest)
-    config = reader.config
-    model = model_identity(reader.model, name=config.model, revision=config.model_revision)
-    tokenizer = {"checksum": tokenizer_checksum(reader.tokenizer)}
-    settings = {"max_length": config.max_length, "skip_first": True}
-    return _reading({"model": model, "tokenizer": tokenizer, "settings": settings})
-
-
-def _reading(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    model, settings = manifest["model"], manifest["settings"]
-    return {
-        "model": model["weights_checksum"],
-        "tokenizer": manifest["tokenizer"]["checksum"],
-        "max_length": settings["max_length"],
-        "skip_first": settings["skip_first"],
-    }
-
-
-def _refuse_other_reading(what: str, mine: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise `DataError` if texts were read in another way, so that equal ones have unequal features."""
-    differs = next((name for name in mine if mine[name] != wanted[name]), None)
-    if differs is not None:
-        raise DataError(
-            f"{what} was read with another `{differs}` ({mine[differs]}) than the data ({wanted[differs]}), so equal "
-            f"texts would have unequal features. Read both alike."
-        )
+        return store_reading(reader.store, layers)
+    own = settings_reading(reader.config.max_length) | sae_reading(reader.saes, layers)
+    return own | model_reading(reader.model, reader.tokenizer)
 
 
 def stored_sets(store: FeatureStore, layers: Sequence[int], value: str | None) -> ActiveSets:

@@ -116,7 +116,7 @@ def compare(
     if not any(pairing.plain_keep):
         return []
     sums = {layer: (FitSums(sae), FitSums(sae)) for layer, sae in saes.items()}
-    same = dict.fromkeys(saes, 0.0)
+    same, not_finite = dict.fromkeys(saes, 0.0), dict.fromkeys(saes, 0)
     order = sorted(range(len(pairing.other)), key=lambda i: (-len(pairing.other[i]), i))
     readings = (
         read(
@@ -137,7 +137,10 @@ def compare(
     for plain, other in zip(*readings, strict=True):
         for layer, sae in saes.items():
             pair = [states.at[layer].to(sae.W_enc.device).float() for states in (plain, other)]
+            not_finite[layer] += int((~torch.stack([x_ND.isfinite().all(1) for x_ND in pair]).all(0)).sum())
             near = torch.stack([x_ND.norm(dim=1) <= survey.limit(layer) for x_ND in pair]).all(0)
+            if not bool(near.any()):
+                continue
             pair = [x_ND[near] for x_ND in pair]
             acts: list[TopKActs] = []
             for side, x_ND in zip(sums[layer], pair, strict=True):
@@ -153,6 +156,7 @@ def compare(
             l0_plain=before.l0,
             l0=after.l0,
             jaccard=same[layer] / max(1, before.num_tokens),
+            not_finite=not_finite[layer],
         )
         for layer, (before, after) in sorted(sums.items())
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from qscope_trl.activations.encode import tokenize
-from qscope_trl.analysis.doctor import chosen, context, surroundings
+from qscope_trl.analysis.doctor import chosen, context, surroundings, variety
 from qscope_trl.analysis.doctor import findings as judging
 from qscope_trl.analysis.doctor.fit import Run, Survey, fit, places_of, survey
 from qscope_trl.analysis.doctor.result import (
@@ -65,7 +66,7 @@ def diagnose(
 
     Memory is that of the models, of `layers_at_once` SAEs with decoders in fp32, of one batch, and of the residuals of
     `probe_tokens` tokens at the layers being looked at. The texts run through the model once, and once more for each
-    lot of layers.
+    lot of layers; those of a tuned model likewise.
 
     Args:
         model: The model the SAEs are said to be for, on its device. Left as it was.
@@ -115,27 +116,39 @@ def diagnose(
     num_layers = len(find_layers(model))
     usable, found = _by_shape(model, saes, layers)
     weights = next(find_layers(model)[0].parameters())
+    dtype = _dtype(model)
     measured = _Measured()
     kl = None
     with _evaluating(model, tuned):
         if usable:
-            norms = survey(model, run, places_of(usable, num_layers, scan))
-            overflow = surroundings.judge_overflow(norms, num_layers, str(weights.dtype).removeprefix("torch."))
+            places = places_of(usable, num_layers, scan)
+            norms = survey(model, run, places)
+            overflow = surroundings.judge_overflow(norms.not_finite, num_layers, dtype)
             found += overflow
             if not overflow:
-                kl = divergence(model, tuned, run) if tuned is not None else None
+                comparable = tuned
+                if tuned is not None:
+                    broken = _tuned_overflow(tuned, run, places, num_layers)
+                    found += broken
+                    comparable = None if broken else tuned
+                if comparable is not None:
+                    kl = divergence(model, comparable, run)
+                    found += surroundings.judge_divergence(kl)
+                    kl = None if kl is not None and math.isnan(kl) else kl
                 for start in range(0, len(usable), layers_at_once):
                     lot = usable[start : start + layers_at_once]
                     plain = None if is_chat else texts
-                    _measure(measured, model, tuned, tokenizer, saes, lot, features, plain, run, norms, max_length)
-                found += _judge(measured, norms, tokenizer, run, num_layers, kl, is_chat)
+                    _measure(
+                        measured, model, comparable, tokenizer, saes, lot, features, plain, run, norms, max_length
+                    )
+                found += _judge(measured, norms, tokenizer, run, num_layers, kl, is_chat, dtype)
     if features is not None:
         found += chosen.check_set(features, saes, layers, num_layers)
         found += chosen.judge_firing(measured.firing)
     return Diagnosis(
         model=model_name,
         saes=saes_name or saes.source,
-        dtype=str(weights.dtype).removeprefix("torch."),
+        dtype=dtype,
         device=str(weights.device),
         num_texts=sum(len(row) > 1 for row in token_ids),
         num_tokens=sum(max(0, len(row) - 1) for row in token_ids),
@@ -236,18 +249,44 @@ def _judge(
     num_layers: int,
     kl: float | None,
     is_chat: bool,
+    dtype: str,
 ) -> list[Finding]:
     layers = measured.layers
-    return [
-        *judging.judge_readings(layers, num_layers),
-        *judging.judge_fit(layers),
-        *judging.judge_weights(layers),
-        *surroundings.judge_positions(layers, norms, tokenizer, run.token_ids),
-        *surroundings.judge_bos(measured.bos, context.has_bos(tokenizer, run.token_ids)),
-        *surroundings.judge_chat(measured.chat, bool(getattr(tokenizer, "chat_template", None)), is_chat),
-        *surroundings.judge_roundings(layers),
-        *surroundings.judge_tuned(measured.tuned, layers, kl),
-    ]
+    has_bos, has_template = context.has_bos(tokenizer, run.token_ids), bool(getattr(tokenizer, "chat_template", None))
+    beside_bos = "without BOS" if has_bos else "after BOS"
+    return variety.withheld(
+        [
+            *judging.judge_readings(layers, num_layers),
+            *judging.judge_fit(layers),
+            *judging.judge_weights(layers),
+            *surroundings.judge_positions(layers, norms, tokenizer, run.token_ids),
+            *(
+                surroundings.judge_contexts(measured.bos, num_layers, dtype, beside_bos)
+                or surroundings.judge_bos(measured.bos, has_bos)
+            ),
+            *(
+                surroundings.judge_contexts(measured.chat, num_layers, dtype, "in the chat template")
+                or surroundings.judge_chat(measured.chat, has_template, is_chat)
+            ),
+            *surroundings.judge_roundings(layers),
+            *surroundings.judge_tuned(measured.tuned, layers, kl),
+        ],
+        layers,
+        tokenizer,
+        run.token_ids,
+    )
+
+
+def _tuned_overflow(tuned: nn.Module, run: Run, places: Sequence[int], num_layers: int) -> list[Finding]:
+    """Residuals of the tuned model that are not finite: they drop out of a comparison as outliers do."""
+    not_finite = survey(tuned, run, places).not_finite
+    return surroundings.judge_overflow(
+        not_finite, num_layers, _dtype(tuned), where="of the tuned model", flag="--tuned-dtype"
+    )
+
+
+def _dtype(model: nn.Module) -> str:
+    return str(next(find_layers(model)[0].parameters()).dtype).removeprefix("torch.")
 
 
 @contextmanager

@@ -121,6 +121,7 @@ class ContextFit:
         l0_plain: Active features per token in the plain text.
         l0: In the other context.
         jaccard: Mean Jaccard index of the active features.
+        not_finite: Tokens left out because a residual of theirs holds NaN or inf in either context.
     """
 
     layer: int
@@ -130,6 +131,7 @@ class ContextFit:
     l0_plain: float
     l0: float
     jaccard: float
+    not_finite: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

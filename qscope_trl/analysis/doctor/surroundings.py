@@ -5,8 +5,9 @@ Nothing is measured here. Thresholds are in `thresholds`.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qscope_trl.analysis.doctor import thresholds as limits
@@ -18,23 +19,54 @@ from qscope_trl.analysis.doctor.tuned import CHANGE
 from qscope_trl.analysis.outliers import MAX_NORM_RATIO
 
 
-def judge_overflow(survey: Survey, num_layers: int, dtype: str) -> list[Finding]:
-    """Residuals that are NaN or inf."""
-    if not survey.not_finite:
+def judge_overflow(
+    not_finite: Mapping[int, int], num_layers: int, dtype: str, *, where: str = "", flag: str = "--dtype"
+) -> list[Finding]:
+    """Residuals that are NaN or inf.
+
+    Args:
+        not_finite: Tokens with such residuals, by place; only places that have any.
+        num_layers: Layers of the model.
+        dtype: Dtype of its weights.
+        where: Of which model or in which context, in words; empty for the model on the plain texts.
+        flag: Setting of the dtype.
+    """
+    if not not_finite:
         return []
-    first, more = min(survey.not_finite), len(survey.not_finite) - 1
+    first, more = min(not_finite), len(not_finite) - 1
     return [
         Finding(
             check="dtype",
             severity="fail",
-            what=f"In {dtype} the residuals of {survey.not_finite[first]} tokens are NaN or inf at "
+            what=f"In {dtype} the residuals of {not_finite[first]} tokens{where and ' '}{where} are NaN or inf at "
             f"{place_name(first, num_layers)}"
             + (f", and at {more} place{'s' if more > 1 else ''} after it." if more else "."),
             why="Nothing can be read from them; the model itself computes nonsense there.",
-            action="Load the model in bfloat16 or float32 (`--dtype`); float16 overflows in many models."
+            action=f"Load the model in bfloat16 or float32 (`{flag}`); float16 overflows in many models."
             if dtype == "float16"
             else "Check the model's weights.",
-            layers=tuple(place for place in sorted(survey.not_finite) if 0 <= place < num_layers),
+            layers=tuple(place for place in sorted(not_finite) if 0 <= place < num_layers),
+        )
+    ]
+
+
+def judge_contexts(fits: Sequence[ContextFit], num_layers: int, dtype: str, where: str) -> list[Finding]:
+    """Residuals that are NaN or inf in one of two contexts alone."""
+    not_finite = {one.layer: one.not_finite for one in fits if one.not_finite}
+    return judge_overflow(not_finite, num_layers, dtype, where=where)
+
+
+def judge_divergence(kl: float | None) -> list[Finding]:
+    """Next-token distributions that are NaN though the residuals are finite."""
+    if kl is None or not math.isnan(kl):
+        return []
+    return [
+        Finding(
+            check="dtype",
+            severity="fail",
+            what="Next-token probabilities of the base or the tuned model are NaN.",
+            why="Their divergence cannot be told, and such a model writes nonsense.",
+            action="Check the weights of the model's head and final norm, or load it in float32.",
         )
     ]
 
@@ -242,6 +274,21 @@ def judge_tuned(tuned: Sequence[TunedFit], layers: Sequence[LayerFit], kl: float
                 "model: labels and thresholds from there do not hold.",
                 action="Find features again on the tuned model, and compare their examples.",
                 layers=tuple(one.layer for one in others),
+            )
+        )
+    tokens = {fit.layer: fit.num_tokens for fit in layers}
+    gone = [one for one in tuned if one.num_tokens < (1 - limits.LEFT_OUT) * tokens[one.layer]]
+    if gone:
+        shares = span((100 * (1 - one.num_tokens / tokens[one.layer]) for one in gone), 0)
+        found.append(
+            Finding(
+                check="tuned outliers",
+                severity="warn",
+                what=f"{shares} % of tokens in {listed([one.layer for one in gone])} are left out of the comparison: "
+                f"on the tuned model their norm exceeds {MAX_NORM_RATIO:.0f} times the base model's median.",
+                why="The figures say nothing of them, and so large residuals are outside the SAEs' training data.",
+                action="Compare the norms of both models' residuals, and check the weights of the tuned one.",
+                layers=tuple(one.layer for one in gone),
             )
         )
     if not found:

@@ -86,6 +86,8 @@ def compare_tuned(
 ) -> list[TunedFit]:
     """Both models through the same SAEs, token by token, per layer; position 0 and outliers of either left out.
 
+    Residuals that are not finite are left out with the outliers: `fit.survey` of both models tells of them.
+
     Args:
         base: The model the SAEs are for.
         tuned: Its tuned version.
@@ -113,6 +115,8 @@ def compare_tuned(
         for layer, sae in saes.items():
             pair = [states.at[layer].to(sae.W_enc.device).float() for states in (before, after)]
             near = torch.stack([x_ND.norm(dim=1) <= survey.limit(layer) for x_ND in pair]).all(0)
+            if not bool(near.any()):
+                continue
             pair = [x_ND[near] for x_ND in pair]
             acts = [codes(sae, x_ND) for x_ND in pair]
             for side, x_ND, one in zip(sums[layer], pair, acts, strict=True):
@@ -150,7 +154,7 @@ def divergence(base: nn.Module, tuned: nn.Module, run: Run) -> float | None:
     """Mean KL(base || tuned) of next-token distributions over the sample, nats; one text at a time.
 
     Returns:
-        None if the two have vocabularies of different size.
+        None if the two have vocabularies of different size; NaN if either model's logits are.
     """
     total, count = 0.0, 0
     for i in sorted(run.probe_texts):
@@ -158,7 +162,9 @@ def divergence(base: nn.Module, tuned: nn.Module, run: Run) -> float | None:
         if log_p.shape != log_q.shape:
             return None
         log_q = log_q.to(log_p.device)
-        total += float((log_p.exp() * (log_p - log_q)).sum(1).double().sum())
+        # A token that the base rules out (logit -inf) adds nothing, whatever the tuned model says of it.
+        terms = torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q))
+        total += float(terms.sum(1).double().sum())
         count += log_p.shape[0]
     return total / max(1, count)
 

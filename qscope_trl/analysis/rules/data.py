@@ -6,6 +6,7 @@ Left out: more than two classes. A rule says yes or no; several classes take sev
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qscope_trl.activations.chat import model_chat_renderer
 from qscope_trl.activations.sources import RowSource, open_source, text_of
 from qscope_trl.config.rules import LabelledConfig
 from qscope_trl.errors import DataError
@@ -49,7 +51,12 @@ class Labelled:
 
 
 def read_labelled(
-    config: LabelledConfig, *, data: str | None = None, split: str | None = None, group_column: str | None = None
+    config: LabelledConfig,
+    *,
+    data: str | None = None,
+    split: str | None = None,
+    max_rows: int | None = None,
+    group_column: str | None = None,
 ) -> Labelled:
     """Read a labelled data set as a command's settings say.
 
@@ -57,6 +64,7 @@ def read_labelled(
         config: The settings.
         data: Another data set with the columns of `config.data`, such as the test set.
         split: Its split.
+        max_rows: Most rows that are read of it: the first.
         group_column: Column of what must stay together.
 
     Raises:
@@ -64,7 +72,7 @@ def read_labelled(
     """
     if config.positive is not None and config.negative is not None:
         parts = [
-            _read(open_source(name), config, None, group_column, is_positive)
+            _read(open_source(name), config, None, group_column, config.max_rows, is_positive)
             for name, is_positive in ((config.positive, True), (config.negative, False))
         ]
         return _both_classes(_joined(parts))
@@ -75,17 +83,24 @@ def read_labelled(
         config=config.data_config if data in (None, config.data) else None,
         revision=config.data_revision if data in (None, config.data) else None,
     )
-    return _both_classes(_read(source, config, config.label_column, group_column, None))
+    limit = config.max_rows if data is None else max_rows
+    return _both_classes(_read(source, config, config.label_column, group_column, limit, None))
 
 
 def _read(
-    source: RowSource, config: LabelledConfig, label_column: str | None, group_column: str | None, label: bool | None
+    source: RowSource,
+    config: LabelledConfig,
+    label_column: str | None,
+    group_column: str | None,
+    max_rows: int | None,
+    label: bool | None,
 ) -> Labelled:
     texts, labels, groups = [], [], []
+    chat = model_chat_renderer(config.model, revision=config.model_revision)
     for index, row in source.rows():
-        if config.max_rows is not None and index >= config.max_rows:
+        if max_rows is not None and index >= max_rows:
             break
-        texts.append(text_of(row, text_column=config.text_column, source_name=source.name, index=index))
+        texts.append(text_of(row, text_column=config.text_column, source_name=source.name, index=index, chat=chat))
         labels.append(_label(row, label_column, config, source.name, index) if label is None else label)
         groups.append(
             texts[-1] if group_column is None else str(_column(row, group_column, "group_column", source.name, index))
@@ -95,10 +110,13 @@ def _read(
 
 def _label(row: dict[str, Any], column: str | None, config: LabelledConfig, name: str, index: int) -> bool:
     value = _column(row, str(column), "label_column", name, index)
-    if value is None:
+    # A column of numbers with gaps holds NaN in the gaps.
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         raise DataError(f"Row {index} of '{name}' has no label: column `{column}` is null there. Leave such rows out.")
     if isinstance(value, bool):
         return str(value).lower() == config.positive_label.lower()
+    if isinstance(value, float) and math.isinf(value):
+        raise DataError(f"Row {index} of '{name}' has the label {value} in column `{column}`, which names no class.")
     if isinstance(value, float) and value == int(value):
         value = int(value)
     return str(value) == config.positive_label

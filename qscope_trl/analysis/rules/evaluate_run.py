@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from qscope_trl.activations.feature_table import FeatureTable, encode_table
+from qscope_trl.activations.feature_table import FeatureTable, encode_table, table_from_store
 from qscope_trl.activations.opening import Opened, open_model
+from qscope_trl.activations.store import FeatureStore
 from qscope_trl.analysis.probes import has_scikit_learn
 from qscope_trl.analysis.rules.comparison import Entry, Judge, bits_entry, keyword_entry, probe_entries, random_entry
 from qscope_trl.analysis.rules.data import TEST, Labelled, deal, read_labelled, with_test
 from qscope_trl.analysis.rules.learn_run import NO_SCIKIT_LEARN, residuals_of
 from qscope_trl.analysis.rules.statistics import matched_at_random, sums_of_texts
+from qscope_trl.analysis.rules.stored import open_store, refuse_other_model
 from qscope_trl.bundled import sae_path
 from qscope_trl.config.rules import RulesEvaluateConfig, RulesLearnConfig
 from qscope_trl.errors import ConfigError
@@ -60,7 +63,13 @@ def run(config: RulesEvaluateConfig) -> EvaluateResult:
     fit = None
     notes = []
     if config.fit_data is not None and config.baselines:
-        fit = read_labelled(config, data=config.fit_data, split=config.fit_split, group_column=config.group_column)
+        fit = read_labelled(
+            config,
+            data=config.fit_data,
+            split=config.fit_split,
+            max_rows=config.max_fit_rows,
+            group_column=config.group_column,
+        )
         shared = len(set(fit.groups) & set(test.groups))
         if shared:
             notes.append(
@@ -81,23 +90,19 @@ def run(config: RulesEvaluateConfig) -> EvaluateResult:
         None if fit is None else slices == 0,
         config.seed,
     )
-    model, tokenizer = open_model(
-        config.model, revision=config.model_revision, dtype=config.dtype, device=config.device
-    )
-    opened = Opened(model, tokenizer, saes, tuple(layers))
+    aggregations = sorted({aggregation for _, aggregation in rule.needs} | ({"max"} if fit is not None else set()))
+    source, opened = _open(config, rule, layers, saes, test, aggregations, fits=fit is not None)
     draws: list[dict[FeatureId, FeatureId]] = []
-    if fit is not None and config.random_draws:
+    if fit is not None and opened is not None and config.random_draws:
         sums = sums_of_texts(
-            model, tokenizer, saes, rule.layers, data.texts, slices, data.labels, ("max",),
+            opened.model, opened.tokenizer, saes, rule.layers, data.texts, slices, data.labels, ("max",),
             max_length=config.max_length, batch_size=config.batch_size,
         )  # fmt: skip
         draws = [matched_at_random(sums, rule.features, config.seed + draw) for draw in range(config.random_draws)]
     features = sorted({*rule.features, *(drawn for draw in draws for drawn in draw.values())})
-    table = encode_table(
-        model, tokenizer, saes, data.texts, features, max_length=config.max_length, batch_size=config.batch_size
-    )
+    table = _table(config, source, opened, data.texts, 0 if fit is None else len(fit), features, aggregations)
     entries = [judge.by_rule("rule", rule, table)]
-    if fit is not None:
+    if fit is not None and opened is not None:
         entries += _baselines(config, opened, data, judge, table, rule, draws)
         if not has_scikit_learn():
             notes.append(NO_SCIKIT_LEARN)
@@ -119,6 +124,61 @@ def open_rule(text: str, named: list[str]) -> Rule:
             raise ConfigError(f"`--set` is `{item}`; write it as `NAME=FILE`, and the rule names it `set:NAME`.")
         sets[name] = FeatureSet.load(path)
     return load_rule(text, sets=sets)
+
+
+def _open(
+    config: RulesEvaluateConfig,
+    rule: Rule,
+    layers: Sequence[int],
+    saes: SAESuite,
+    test: Labelled,
+    aggregations: Sequence[str],
+    *,
+    fits: bool,
+) -> tuple[FeatureStore | Opened, Opened | None]:
+    """Where features of the test texts come from, and the model as far as it runs."""
+    store = None
+    if config.store is not None:
+        store = open_store(config.store, test, config, saes, rule.layers, aggregations)
+        if not fits:
+            return store, None
+    model, tokenizer = open_model(
+        config.model, revision=config.model_revision, dtype=config.dtype, device=config.device
+    )
+    opened = Opened(model, tokenizer, saes, tuple(layers))
+    if store is None:
+        return opened, opened
+    refuse_other_model(store, opened)
+    return store, opened
+
+
+def _table(
+    config: RulesEvaluateConfig,
+    source: FeatureStore | Opened,
+    opened: Opened | None,
+    texts: Sequence[str],
+    num_fit: int,
+    features: Sequence[FeatureId],
+    aggregations: Sequence[str],
+) -> FeatureTable:
+    """Values over all texts; a store has those of all but the first `num_fit`."""
+
+    def encoded(model: Opened, chosen: Sequence[str]) -> FeatureTable:
+        return encode_table(
+            model.model,
+            model.tokenizer,
+            model.saes,
+            chosen,
+            features,
+            aggregations=aggregations,
+            max_length=config.max_length,
+            batch_size=config.batch_size,
+        )
+
+    if isinstance(source, Opened):
+        return encoded(source, texts)
+    stored = table_from_store(source, features, aggregations)
+    return stored if opened is None else encoded(opened, texts[:num_fit]).followed_by(stored)
 
 
 def _baselines(

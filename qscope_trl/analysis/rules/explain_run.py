@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from qscope_trl.activations.chat import model_chat_renderer
 from qscope_trl.activations.feature_table import TableEncoder, TokenActs
 from qscope_trl.activations.opening import open_model
 from qscope_trl.activations.sources import open_source, text_of
@@ -72,6 +73,7 @@ def run(config: RulesExplainConfig) -> ExplainResult:
         tokenizer,
         saes,
         rule.features,
+        aggregations=sorted({aggregation for _, aggregation in rule.needs}),
         max_length=config.max_length,
         batch_size=config.batch_size,
         show_progress=False,
@@ -92,12 +94,13 @@ def _texts(config: RulesExplainConfig) -> list[tuple[str, str]]:
         str(config.data), split=config.data_split, config=config.data_config, revision=config.data_revision
     )
     chosen = config.chosen_rows
+    chat = model_chat_renderer(config.model, revision=config.model_revision)
     found: list[tuple[str, str]] = []
     last: Any = None
     for index, row in source.rows():
         last = index
         if index in chosen:
-            text = text_of(row, text_column=config.text_column, source_name=source.name, index=index)
+            text = text_of(row, text_column=config.text_column, source_name=source.name, index=index, chat=chat)
             found.append((f"row {index}", text))
         if index >= chosen[-1]:
             break

@@ -38,9 +38,9 @@ from qscope_trl.analysis.rules.statistics import (
     sums_of_store,
     sums_of_texts,
 )
+from qscope_trl.analysis.rules.stored import open_store, refuse_other_model
 from qscope_trl.bundled import sae_path
 from qscope_trl.config.rules import RulesLearnConfig
-from qscope_trl.errors import ConfigError
 from qscope_trl.features import FeatureId
 from qscope_trl.rules import Rule
 from qscope_trl.sae.suite import SAESuite
@@ -84,10 +84,7 @@ def run(config: RulesLearnConfig) -> LearnResult:
         CheckpointError: If a layer has no SAE.
     """
     data, slices, notes = _read(config)
-    store = None if config.store is None else _open_store(config.store, data, config)
-    source = open_all(config) if store is None else store
-    opened = source if isinstance(source, Opened) else open_all(config) if config.baselines else None
-    saes = opened.saes if opened is not None else _suite(config)
+    source, opened, saes = _open(config, data)
     sums = _sums(config, source, saes.layers, data, slices)
     folds = range(config.folds)
     by_fold = [
@@ -120,7 +117,8 @@ def run(config: RulesLearnConfig) -> LearnResult:
     rule = replace(
         rule,
         name=config.name,
-        model=config.model,
+        # What read the texts: a model that is not opened cannot be compared with the store's.
+        model=source.manifest["model"]["name"] if isinstance(source, FeatureStore) else config.model,
         sae=config.saes,
         sae_revision=config.sae_revision,
         sae_fingerprints={layer: saes.fingerprint(layer) for layer in rule.layers},
@@ -136,7 +134,13 @@ def _read(config: RulesLearnConfig) -> tuple[Labelled, NDArray[np.int64], list[s
         slices = deal(data, folds=config.folds, test_share=config.test_share, seed=config.seed)
         return data, slices, []
     slices = deal(data, folds=config.folds, test_share=0.0, seed=config.seed)
-    test = read_labelled(config, data=config.test_data, split=config.test_split, group_column=config.group_column)
+    test = read_labelled(
+        config,
+        data=config.test_data,
+        split=config.test_split,
+        max_rows=config.max_rows,
+        group_column=config.group_column,
+    )
     notes = []
     shared = len(set(data.groups) & set(test.groups))
     if shared:
@@ -151,34 +155,23 @@ def _suite(config: RulesLearnConfig) -> SAESuite:
     return SAESuite.from_pretrained(saes, layers=config.layer_list(saes.layers))
 
 
-def _open_store(path: str, data: Labelled, config: RulesLearnConfig) -> FeatureStore:
-    store = FeatureStore.open(path)
-    if len(store) != len(data):
-        raise ConfigError(
-            f"The store '{path}' has {len(store)} rows, but '{data.name}' has {len(data)}. A store goes with exactly "
-            f"the data it was made of."
-        )
-    indexed = store.manifest["dataset"].get("fingerprint")
-    if indexed is not None and data.fingerprint and indexed != data.fingerprint:
-        raise ConfigError(
-            f"The store '{path}' was made of other data than '{data.name}': fingerprint {indexed}, found "
-            f"{data.fingerprint}. Index the data again."
-        )
-    missing = [name for name in dict.fromkeys((*config.all_aggregations, "max")) if name not in store.aggregations]
-    if missing:
-        raise ConfigError(
-            f"The store '{path}' has no `{missing[0]}`, but {', '.join(store.aggregations)}. Index the data with it."
-        )
-    suite = _suite(config)
-    for layer in suite.layers:
-        if layer not in store.layers:
-            raise ConfigError(
-                f"The store '{path}' has no layer {layer}, but {', '.join(map(str, store.layers))}. Choose among "
-                f"them by `--layers`."
-            )
-        if store.fingerprint(layer) != suite.fingerprint(layer):
-            raise ConfigError(f"The store '{path}' was made with another SAE of layer {layer} than '{config.saes}'.")
-    return store
+def _open(config: RulesLearnConfig, data: Labelled) -> tuple[FeatureStore | Opened, Opened | None, SAESuite]:
+    """Where features come from, the model as far as it runs, and the SAEs."""
+    if config.store is None:
+        opened = open_all(config)
+        return opened, opened, opened.saes
+    saes = _suite(config)
+    store = open_store(config.store, data, config, saes, saes.layers, _aggregations(config))
+    if not config.baselines:
+        return store, None, saes
+    opened = open_all(config)
+    refuse_other_model(store, opened)
+    return store, opened, saes
+
+
+def _aggregations(config: RulesLearnConfig) -> tuple[str, ...]:
+    """Those that are searched, and `max`, by which the baselines ask whether a feature fires."""
+    return tuple(dict.fromkeys((*config.all_aggregations, "max")))
 
 
 def _sums(
@@ -211,13 +204,14 @@ def _table(
     features: Sequence[FeatureId],
 ) -> FeatureTable:
     if isinstance(source, FeatureStore):
-        return table_from_store(source, features)
+        return table_from_store(source, features, _aggregations(config))
     return encode_table(
         source.model,
         source.tokenizer,
         source.saes,
         data.texts,
         features,
+        aggregations=_aggregations(config),
         max_length=config.max_length,
         batch_size=config.batch_size,
     )

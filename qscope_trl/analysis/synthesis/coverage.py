@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from qscope_trl.activations.active import document_features
+from qscope_trl.activations.chat import chat_renderer
 from qscope_trl.activations.encode import num_kept, residual_batches, tokenize
-from qscope_trl.activations.sources import RowSource, text_columns, text_of
+from qscope_trl.activations.sources import ChatRenderer, RowSource, text_columns, text_of
 from qscope_trl.activations.store import FeatureStore
 from qscope_trl.analysis.synthesis.reading import FeatureReader
 from qscope_trl.errors import DataError
@@ -113,6 +114,7 @@ def survey(
     features: Sequence[FeatureId] = (),
     num_examples: int = 0,
     num_beginnings: int = 0,
+    model_name: str = "model",
     show_progress: bool = True,
 ) -> Survey:
     """Count the texts of a dataset in which each feature fires, and keep the top ones of chosen features.
@@ -130,6 +132,7 @@ def survey(
         features: Features whose top texts to keep.
         num_examples: How many of each; different ones.
         num_beginnings: First texts to keep that are not blank.
+        model_name: What the model is called in messages.
         show_progress: Whether to show progress bars on stderr.
 
     Raises:
@@ -139,7 +142,7 @@ def survey(
     found = Survey(0, counts)
     reader = FeatureReader(saes, features if num_examples else ())
     tops: dict[FeatureId, _Top] = {feature: _Top(num_examples) for feature in reader.features}
-    for texts in _blocks(source, text_column, max_rows):
+    for texts in _blocks(source, text_column, max_rows, chat_renderer(tokenizer, name=model_name)):
         found.num_texts += len(texts)
         missing = num_beginnings - len(found.beginnings)
         found.beginnings.extend(islice((text for text in texts if text.strip()), missing))
@@ -249,7 +252,10 @@ class _Top:
         return [Example(text, activation, place) for activation, _, text, place in sorted(self._heap, reverse=True)]
 
 
-def _blocks(source: RowSource, text_column: str, max_rows: int | None) -> Iterator[list[str]]:
+def _blocks(source: RowSource, text_column: str, max_rows: int | None, chat: ChatRenderer) -> Iterator[list[str]]:
     rows = islice(source.rows(columns=text_columns(text_column)), max_rows)
     while block := list(islice(rows, _ROWS_AT_ONCE)):
-        yield [text_of(row, text_column=text_column, source_name=source.name, index=index) for index, row in block]
+        yield [
+            text_of(row, text_column=text_column, source_name=source.name, index=index, chat=chat)
+            for index, row in block
+        ]

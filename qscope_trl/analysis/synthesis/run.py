@@ -27,6 +27,7 @@ from qscope_trl.analysis.synthesis.setup import (
     Sources,
     Start,
     check_output,
+    check_store,
     chosen_features,
     journal_settings,
     make_targets,
@@ -76,7 +77,7 @@ def run(config: SynthesizeConfig, *, show_progress: bool = True) -> Synthesis:
     folder = check_output(config.output, resume=config.resume, journal=JOURNAL)
     sources = Sources.open(config)
     if sources.store is not None:
-        sources.store.check_fits(features)
+        check_store(config, sources.store, features)
     settings = journal_settings(config, features, template, sources)
     if is_secret(key) and key in repr(settings):
         raise ConfigError(
@@ -87,6 +88,8 @@ def run(config: SynthesizeConfig, *, show_progress: bool = True) -> Synthesis:
     try:
         needs_model = config.generator != "none" or sources.store is None
         opened, saes = _open(config, features) if needs_model else (None, {})
+        if sources.store is not None and opened is not None:
+            check_store(config, sources.store, features, opened)
         start = None if journal is None else journal.facts.get("start")
         measured = (
             measure(config, features, sources, opened, saes, show_progress=show_progress)

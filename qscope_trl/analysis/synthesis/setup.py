@@ -12,6 +12,13 @@ from typing import Any
 from qscope_trl.activations.opening import Opened
 from qscope_trl.activations.sources import RowSource, open_source
 from qscope_trl.activations.store import FeatureStore
+from qscope_trl.activations.store_checks import (
+    model_reading,
+    refuse_other_reading,
+    sae_reading,
+    settings_reading,
+    store_reading,
+)
 from qscope_trl.analysis.synthesis.coverage import Coverage, Example, Survey, matched_features, survey, survey_store
 from qscope_trl.analysis.synthesis.plan import PLAIN, Recipe, Target
 from qscope_trl.analysis.synthesis.prompts import (
@@ -128,6 +135,30 @@ def chosen_features(config: SynthesizeConfig) -> FeatureSet:
     return features.with_features(chosen)
 
 
+def check_store(
+    config: SynthesizeConfig, store: FeatureStore, features: FeatureSet, opened: Opened | None = None
+) -> None:
+    """Refuse a store of other SAEs, or one whose texts were read otherwise than the texts that are made here.
+
+    Args:
+        config: The settings.
+        store: The store.
+        features: The targets.
+        opened: The model and its SAEs, if they are opened; then they are compared too.
+
+    Raises:
+        ConfigError: If it lacks a layer of the targets.
+        DataError: If it was read in another way.
+        FeatureSetError: If the targets were made for other SAEs.
+    """
+    store.check_fits(features)
+    wanted = settings_reading(config.max_length)
+    if opened is not None:
+        wanted |= sae_reading(opened.saes, features.layers) | model_reading(opened.model, opened.tokenizer)
+    mine = store_reading(store, features.layers)
+    refuse_other_reading(f"The store '{store.path}'", mine, wanted, than="this run")
+
+
 def journal_settings(
     config: SynthesizeConfig, features: FeatureSet, template: Template, sources: Sources
 ) -> dict[str, Any]:
@@ -175,6 +206,7 @@ def measure(
             min_activation=config.min_activation,
             max_length=config.max_length,
             batch_size=config.batch_size,
+            model_name=config.model,
             show_progress=show_progress,
             **more,
         )
@@ -283,8 +315,6 @@ def check_output(output: str, *, resume: bool, journal: str) -> Path:
         ConfigError: If it holds something else.
     """
     folder = Path(output)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"`output` is '{output}', which is a file; it is a folder to make.")
     if not folder.is_dir() or not any(folder.iterdir()):
         return folder
     if not (folder / journal).is_file():
