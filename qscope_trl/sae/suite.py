@@ -6,7 +6,8 @@ Left out on purpose: caching weights. A loaded SAE belongs to the caller, and th
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -163,7 +164,8 @@ class SAESuite:
         Shape:
             `W (S, d_model)`, `b (S,)`, `jump (S,)` or `None`.
         """
-        return self._open(layer).encoder_rows(indices, device, dtype)
+        with _as_stored():
+            return self._open(layer).encoder_rows(indices, device, dtype)
 
     def decoder_columns(
         self,
@@ -191,7 +193,8 @@ class SAESuite:
         Shape:
             `(d_model, S)`.
         """
-        return self._open(layer).decoder_columns(indices, device, dtype)
+        with _as_stored():
+            return self._open(layer).decoder_columns(indices, device, dtype)
 
     def load(
         self,
@@ -217,7 +220,8 @@ class SAESuite:
             CheckpointError: If there is no SAE for `layer`, its file is damaged, a value is NaN or inf, or `k` is
                 stated nowhere.
         """
-        return self._open(layer, needs_k=True).load(device, dtype, decoder=decoder, mmap=mmap)
+        with _as_stored():
+            return self._open(layer, needs_k=True).load(device, dtype, decoder=decoder, mmap=mmap)
 
     def fingerprint(self, layer: int) -> str:
         """First 16 hex digits of SHA-256 over `b_enc` as stored, as little-endian fp32.
@@ -246,6 +250,13 @@ class SAESuite:
                 "release's name on the folder, such as `SAE-Res-Qwen3-8B-Base-W64K-L0_50` for `k=50`."
             )
         return checkpoint
+
+
+@contextmanager
+def _as_stored() -> Iterator[None]:
+    """Autocast, which a caller may be in, off: it would round what is read, or refuse to join fp64."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
 
 
 def _require_layer(layer: int, available: Iterable[int], source: Source) -> None:

@@ -39,7 +39,7 @@ class LayerDirection:
         self.columns_DS, self.weights_S = columns_DS, weights_S
         self.mode, self.unit = mode, unit
         self.encoder = encoder
-        self.vector_D = columns_DS @ weights_S
+        self.vector_D = (columns_DS * weights_S).sum(1)
         self._added: tuple[object, Tensor] | None = None
 
     @classmethod
@@ -80,15 +80,17 @@ class LayerDirection:
         if self.encoder is None and self.unit == "raw":
             return self._constant(x_BTD.dtype, strength_B), None
         strength = strength_B[:, None, None] if isinstance(strength_B, Tensor) else strength_B
-        if self.encoder is None:
-            norms_BT1 = x_BTD.float().norm(dim=-1, keepdim=True)
-            return (strength * norms_BT1 * (self.vector_D / self.vector_D.norm())).to(x_BTD.dtype), None
-        acts_BTS, active_BTS = self.encoder(x_BTD)
-        if self.mode == "ablate":
-            change_BTS = -strength * self.weights_S * acts_BTS
-        else:
-            change_BTS = strength * self.weights_S - acts_BTS
-        return (change_BTS.float() @ self.columns_DS.T).to(x_BTD.dtype), active_BTS.any(-1)
+        # Autocast would round the products.
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            if self.encoder is None:
+                norms_BT1 = x_BTD.float().norm(dim=-1, keepdim=True)
+                return (strength * norms_BT1 * (self.vector_D / self.vector_D.norm())).to(x_BTD.dtype), None
+            acts_BTS, active_BTS = self.encoder(x_BTD)
+            if self.mode == "ablate":
+                change_BTS = -strength * self.weights_S * acts_BTS
+            else:
+                change_BTS = strength * self.weights_S - acts_BTS
+            return (change_BTS.float() @ self.columns_DS.T).to(x_BTD.dtype), active_BTS.any(-1)
 
     def _constant(self, dtype: torch.dtype, strength_B: Tensor | float) -> Tensor:
         """`strength * vector`, computed once in fp32 and rounded once."""

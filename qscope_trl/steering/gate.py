@@ -96,7 +96,8 @@ class Gate:
             if self._is_on_B1 is not None:
                 return self._is_on_B1
             keep_BT = keep_BT & span.in_prompt(forward)
-        acts_BTS = torch.cat([self._acts[layer] for layer in self.layers], dim=-1)
+        # Layers may be on several devices.
+        acts_BTS = torch.cat([self._acts[layer].to(index_BT.device) for layer in self.layers], dim=-1)
         if self._sums is None:
             self._sums = RunningValues(self.rule.features)
         self._sums.extend(acts_BTS, keep_BT)

@@ -39,13 +39,18 @@ class Span:
             raise ConfigError(f"`phases` is {phases!r}; name {' or '.join(map(repr, PHASES))}, or both.")
         self.phases = frozenset(chosen)
         self.positions = _positions(positions)
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin as if no text had been seen."""
         self.prompt_width: int | None = None
         self._last_width = 0
         self._seen = 0
         self._prompt: Tensor | None = None
         self._first_B: Tensor | None = None
         self._end_B: Tensor | None = None
-        self.is_new = True
+        self.is_new = False
+        """Whether the last forward entered began a text."""
 
     def enter(self, forward: Forward) -> None:
         """Read where a forward stands; call it when the decoder is entered.
@@ -53,9 +58,8 @@ class Span:
         Raises:
             SteeringError: If it cannot be told whether the forward's columns are prompt or generation.
         """
-        self.is_new = False
-        if forward.past == 0 and not self._goes_on(forward):
-            self.is_new = True
+        self.is_new = forward.past == 0 and not self._goes_on(forward)
+        if self.is_new:
             self.prompt_width = forward.width
             self._prompt = forward.tokens
             self._read_padding(forward)
@@ -126,7 +130,8 @@ class Span:
     def _goes_on(self, forward: Forward) -> bool:
         """Whether a forward without a cache computes the last text again, with one more token."""
         return (
-            self._prompt is not None
+            forward.cache is None
+            and self._prompt is not None
             and self.prompt_width is not None
             and forward.width == self._last_width + 1
             and forward.tokens.shape[0] == self._prompt.shape[0]

@@ -9,7 +9,6 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,22 +52,23 @@ class Steering:
         self._first = min(directions)
         self._strength = _strengths(strength)
         self._is_off = not isinstance(self._strength, Tensor) and self._strength == 0
-        self._for_rows: tuple[int, Tensor | float] | None = None
+        self._for_rows: dict[tuple[int, torch.device], Tensor] = {}
         self._columns: Tensor | None = None
         self._gate_BT: Tensor | None = None
         self._edits: ResidualEdits | None = None
         self.num_forwards = 0
-        self._counts: dict[str, Any] = {}
+        self._edited: Tensor | int = 0
+        self._active: dict[torch.device, Tensor] = {}
 
     @property
     def num_edits(self) -> int:
         """Tokens steered in the block: (row, position) pairs, padding apart, at the first steered layer."""
-        return int(self._counts.get("edits", 0))
+        return int(self._edited)
 
     @property
     def num_active(self) -> int:
         """Of `ablate` and `clamp`: steered tokens at which a chosen feature was active, over all layers."""
-        return int(self._counts.get("active", 0))
+        return sum(int(count) for count in self._active.values())
 
     def __enter__(self) -> Steering:
         if self._edits is not None:
@@ -76,7 +76,8 @@ class Steering:
         layers = {*self.directions, *(self.gate.layers if self.gate else ())}
         edits = ResidualEdits(self.model, {layer: self._edit(layer) for layer in sorted(layers)}, self._on_forward)
         edits.__enter__()
-        self._edits, self._counts, self.num_forwards = edits, {}, 0
+        self.span.forget()
+        self._edits, self._edited, self._active, self.num_forwards = edits, 0, {}, 0
         return self
 
     def __exit__(
@@ -100,7 +101,14 @@ class Steering:
             )
         if self._is_off:
             return
-        if self.num_edits == 0 and self.gate is None:
+        if self.num_edits == 0 and self.gate is not None:
+            warnings.warn(
+                f"The gate `{self.gate.rule}` never held, so nothing was steered in {self.num_forwards} forwards.",
+                QScopeWarning,
+                stacklevel=3,
+            )
+            return
+        if self.num_edits == 0:
             raise SteeringError(
                 f"Nothing was steered: {self.num_forwards} forwards ran, but none had a position that `phases` and "
                 f"`positions` name. Widen them."
@@ -120,6 +128,7 @@ class Steering:
             # A decode step, steered whatever its place: nothing has to be looked up.
             return
         self.span.enter(forward)
+        self._require_rows(forward)
         self._columns = self.span.columns(forward)
         if self.gate is not None:
             self.gate.enter(forward)
@@ -147,14 +156,30 @@ class Steering:
         if not isinstance(self._strength, Tensor):
             return self._strength
         rows, given = x_BTD.shape[0], self._strength.numel()
-        if self._for_rows is None or self._for_rows[0] != rows:
+        found = self._for_rows.get((rows, x_BTD.device))
+        if found is None:
             if rows % given:
                 raise ModelStructureError(
                     f"`strength` has {given} values, one for each row, but the model ran {rows} rows. Give one value "
                     f"for each prompt of the batch, or a single number."
                 )
-            self._for_rows = (rows, self._strength.to(x_BTD.device).repeat_interleave(rows // given))
-        return self._for_rows[1]
+            found = self._strength.to(x_BTD.device).repeat_interleave(rows // given)
+            self._for_rows[rows, x_BTD.device] = found
+        return found
+
+    def _require_rows(self, forward: Forward) -> None:
+        """Refuse more rows than strengths, unless they are beams or return sequences of as many prompts."""
+        if not isinstance(self._strength, Tensor):
+            return
+        given = self._strength.numel()
+        group = forward.rows // given
+        if group > 1 and forward.rows % given == 0 and self.span.is_new:
+            tokens = forward.tokens.reshape(given, group, *forward.tokens.shape[1:])
+            if not torch.equal(tokens, tokens[:, :1].expand_as(tokens)):
+                raise ModelStructureError(
+                    f"`strength` has {given} values, but the model ran {forward.rows} rows that are not {group} beams "
+                    f"or return sequences of each of {given} prompts. Give one value for each prompt of the batch."
+                )
 
     def _mask(self, forward: Forward, strength: Tensor | float, device: torch.device) -> Tensor | None:
         """Where to edit, boolean, broadcastable to `(B, T)`; None: everywhere."""
@@ -176,10 +201,11 @@ class Steering:
                 real = forward.rows if mask_BT is None else mask_BT.expand(forward.rows, 1).sum()
             else:
                 real = self.span.num_tokens(forward, mask_BT)
-            self._counts["edits"] = self._counts.get("edits", 0) + real
+            self._edited = self._edited + real
         if active_BT is not None:
             active = active_BT if mask_BT is None else active_BT & mask_BT
-            self._counts["active"] = self._counts.get("active", 0) + active.sum()
+            before = self._active.get(active.device)
+            self._active[active.device] = active.sum() if before is None else before + active.sum()
 
 
 def steer(
@@ -288,12 +314,14 @@ def _check_fits(model: nn.Module, suite: SAESuite, chosen: FeatureSet) -> None:
 
 
 def _strengths(strength: float | Sequence[float] | Tensor) -> Tensor | float:
-    if isinstance(strength, int | float):
-        values = torch.tensor([float(strength)])
-    else:
-        values = torch.as_tensor(strength, dtype=torch.float32).reshape(-1)
-    if not values.numel() or not bool(torch.isfinite(values).all()):
+    is_number = isinstance(strength, int | float) and not isinstance(strength, bool)
+    try:
+        values = torch.as_tensor([strength] if is_number else strength, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as err:
+        raise ConfigError(f"`strength` is {strength!r}; it is a finite number, or one for each row.") from err
+    if values.dim() == 0:
+        values, is_number = values[None], not isinstance(strength, bool)
+    is_row = values.dim() == 1 and values.numel() > 0 and not isinstance(strength, bool)
+    if not is_row or not bool(torch.isfinite(values).all()):
         raise ConfigError(f"`strength` is {strength!r}; it is a finite number, or one for each row.")
-    if isinstance(strength, int | float) or not values.any():
-        return float(values[0])
-    return values
+    return float(values[0]) if is_number or not values.any() else values

@@ -353,7 +353,9 @@ class ConceptAblation(TrainingEdit):
 
     def edit(self, x_BTD: Tensor, constant: Tensor) -> Tensor:
         """`x - Q Qᵀ x`."""
-        return x_BTD - ((x_BTD.float() @ constant) @ constant.T).to(x_BTD.dtype)
+        # Autocast would round the products.
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            return x_BTD - ((x_BTD.float() @ constant) @ constant.T).to(x_BTD.dtype)
 
 
 def _names(chosen: FeatureSet, layer: int) -> str:

@@ -45,7 +45,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
         plain.write_text(f"\n {json.dumps(rows)}", encoding="utf-8")
     content = plain.read_bytes()
     plain.unlink()
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    path.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
     return path
 
 
@@ -125,7 +125,7 @@ def test_a_folder_of_several_kinds_is_refused_and_not_read_in_part(tmp_path: Pat
 def test_damaged_gzip_files_are_named(ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"rows.{ending}.gz"
     lines = "".join(f'{{"text": "{n * n}"}}\n' for n in range(2000)).encode()
-    whole = gzip.compress(b"text\n" + lines if ending == "csv" else lines)
+    whole = gzip.compress(b"text\n" + lines if ending == "csv" else lines, mtime=0)
     # Cut off in the middle, and after the header of 10 bytes a kind of block that there is not.
     for damaged in (whole[: len(whole) // 2], whole[:10] + b"\xff" * 4 + whole[14:]):
         path.write_bytes(damaged)
@@ -196,7 +196,7 @@ def test_a_fingerprint_is_of_the_bytes_and_their_order(tmp_path: Path) -> None:
         ("a.json", b'[{"text": "x"}, "y"]', r"Entry 1 of '.*a.json' is a str, not a mapping"),
         ("a.json", b'[{"text": "x"}', r"a.json' cannot be read as json"),
         ("a.jsonl", b'{"text": "\xff"}\n', r"a.jsonl' cannot be read as jsonl"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99)[:-20], r"a.jsonl.gz' cannot be read as jsonl"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99, mtime=0)[:-20], r"a.jsonl.gz' cannot be read as jsonl"),
         ("a.jsonl.gz", b"not gzip at all", r"a.jsonl.gz' cannot be read as jsonl"),
         ("a.csv", b"text,label\nx,a\ny\n", r"a.csv' cannot be read as csv"),
         ("a.parquet", b"PAR1 and no more", r"a.parquet' cannot be read as parquet"),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from qscope_trl.errors import RuleError, SteeringError
+from qscope_trl.errors import QScopeWarning, RuleError, SteeringError
 from qscope_trl.rules import TokenValues, compile_rule
 from qscope_trl.steering.steer import steer
 from tests.steering.test_steer import FEATURES, batch, by_hand, columns, dense_acts, generate
@@ -97,12 +97,15 @@ def test_the_rules_of_this_file_tell_tokens_and_rows_apart(model: Any, texts: li
     assert all(0 < int(value.sum()) < len(value) for value in held)
 
 
-def test_a_gate_that_never_opens_changes_nothing_and_is_no_error(model: Any, saes: Path, texts: list[Tensor]) -> None:
+def test_a_gate_that_never_opens_changes_nothing_and_says_so(model: Any, saes: Path, texts: list[Tensor]) -> None:
     plain = generate(model, batch(texts))
-    with steer(model, saes, FEATURES, strength=9.0, gate="L0F5 > 1e9", gate_reads="text", sae_k=K) as steering:
-        assert torch.equal(generate(model, batch(texts)), plain)
-    assert steering.num_edits == 0
-    assert steering.num_forwards == 4
+    with (
+        pytest.warns(QScopeWarning, match=r"The gate `L0F5 > 1000000000` never held, so nothing was steered in 4 fo"),
+        steer(model, saes, FEATURES, strength=9.0, gate="L0F5 > 1e9", gate_reads="text", sae_k=K) as steering,
+    ):
+        found = generate(model, batch(texts))
+    assert torch.equal(found, plain)
+    assert (steering.num_edits, steering.num_forwards) == (0, 4)
 
 
 @pytest.mark.parametrize("reads", ["prompt", "text"])

@@ -172,7 +172,7 @@ def test_strength_0_is_bit_equal(model: Any, saes: Path, texts: list[Tensor], mo
         (slice(-2, None), lambda t, prompt: t >= prompt - 2),
         ((0, -1), lambda t, prompt: t in (0, prompt - 1)),
     ],
-    ids=str,
+    ids=["from 1", "first two", "every second", "last two", "first and last"],
 )
 def test_positions_count_from_the_text_not_from_the_padding(
     model: Any, saes: Path, texts: list[Tensor], positions: Any, chosen: Callable[[int, int], bool]
@@ -247,7 +247,7 @@ def hook_count(model: torch.nn.Module) -> int:
 
 
 def test_hooks_come_off_always(model: Any, saes: Path, texts: list[Tensor]) -> None:
-    steering = steer(model, saes, FEATURES, gate="L1F3 > 0.1", sae_k=K)
+    steering = steer(model, saes, FEATURES, gate="L1F3 < 1e9", sae_k=K)
     counts = []
 
     def fails() -> None:
@@ -393,3 +393,53 @@ def test_a_pipeline_is_steered_as_generate_is(model: Any, saes: Path) -> None:
     new = tokenizer.batch_decode(wanted[:, -5:], skip_special_tokens=True)
     assert found == [prompt + text for prompt, text in zip(prompts, new, strict=True)]
     assert found != plain
+
+
+def test_rows_that_are_no_beams_need_a_strength_each(model: Any, saes: Path, texts: list[Tensor]) -> None:
+    inputs = {"input_ids": torch.stack([texts[0][:3], texts[0][:3], texts[1][:3], texts[2][:3]])}
+    with (
+        pytest.raises(ModelStructureError, match=r"ran 4 rows that are not 2 beams or return sequences of each of 2"),
+        steer(model, saes, FEATURES, strength=[3.0, 0.0], sae_k=K),
+    ):
+        generate(model, inputs)
+    assert hook_count(model) == 0
+    two = {"input_ids": inputs["input_ids"][[0, 2]]}
+    torch.manual_seed(0)
+    with steer(model, saes, FEATURES, strength=[3.0, 0.0], sae_k=K) as steering:
+        model.generate(**two, num_return_sequences=3, do_sample=True, max_new_tokens=3, pad_token_id=0)
+    assert steering.num_edits == 3 * (3 + 2)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_text_that_goes_on_from_the_last_one_is_a_text_of_its_own(
+    model: Any, saes: Path, texts: list[Tensor], use_cache: bool
+) -> None:
+    """A block remembers no text of an earlier use; with a cache, none of an earlier call."""
+    longer = torch.cat([texts[0], texts[1][:1]])
+    counts = []
+    with steer(model, saes, FEATURES, phases="prompt", sae_k=K) as steering:
+        for text in (texts[0], longer):
+            generate(model, {"input_ids": text[None]}, steps=1)
+            counts.append(steering.num_edits)
+    assert counts == [len(texts[0]) - 1, len(texts[0]) - 1 + len(longer) - 1]
+    with steering, torch.no_grad():
+        model(input_ids=texts[0][None], use_cache=use_cache)
+    with steering, torch.no_grad():
+        model(input_ids=longer[None], use_cache=use_cache)
+    assert steering.num_edits == len(longer) - 1
+
+
+@pytest.mark.parametrize("mode", ["add", "ablate", "clamp"])
+def test_autocast_rounds_no_edit(model: Any, saes: Path, texts: list[Tensor], mode: str) -> None:
+    features = MANY if mode == "ablate" else FEATURES
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    wanted = steer(model, saes, features, mode=mode, sae_k=K).directions[1].delta(x, 1.0)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = steer(model, saes, features, mode=mode, sae_k=K).directions[1].delta(x, 1.0)[0]
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("strength", ["3", True, [[1.0, 2.0]], [], [1.0, float("inf")], None], ids=str)
+def test_strengths_are_numbers(model: Any, saes: Path, strength: Any) -> None:
+    with pytest.raises(ConfigError, match=r"`strength` is .*; it is a finite number, or one for each row"):
+        steer(model, saes, FEATURES, strength=strength, sae_k=K)

@@ -392,3 +392,13 @@ def test_saes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     wide = write_saes(tmp_path / "wide", [3])
     with pytest.raises(FeatureSetError, match=r"L3F1 is out of range: the model has 2 decoder layers"):
         plain_trainer(Trainer, tmp_path, ConceptAblation(["L3F1"], wide), tiny_model(num_hidden_layers=2))
+
+
+def test_autocast_does_not_round_the_projection(saes: Path) -> None:
+    """`bf16=True` runs the training step under autocast; what is left along the directions is fp32's rounding."""
+    x = torch.randn(3, 4, D_MODEL, generator=torch.Generator().manual_seed(0))
+    callback = ConceptAblation(["L1F3", "L1F9"], saes, sae_k=K)
+    basis = callback.constant(random_sae(101)["W_dec"][:, [3, 9]], torch.ones(2), 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        edited = callback.edit(x, basis)
+    assert (edited @ basis).norm() < 1e-6 * (x @ basis).norm()
