@@ -27,7 +27,8 @@ from qscope_trl.analysis.evalmap.mapping import make_map
 from qscope_trl.analysis.evalmap.near import NearIndex
 from qscope_trl.analysis.evalmap.report import write_report
 from qscope_trl.analysis.evalmap.run import Mapped
-from qscope_trl.analysis.evalmap.samples import Read, Reading, SampleSet
+from qscope_trl.analysis.evalmap.samples import Read, Reading
+from qscope_trl.analysis.evalmap.texts import SampleSet
 from qscope_trl.config.evalmap import EvalmapConfig
 
 SIZES = (26000, 14042, 12032, 10042, 10000, 8000, 6511, 5000, 4183, 3000, 2500, 1838, 1319, 1172, 817, 541, 164)

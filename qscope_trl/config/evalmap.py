@@ -114,7 +114,9 @@ class EvalmapConfig(EncodingConfig):
     ngram: int = field(default=8, metadata={"help": "Tokens of the n-grams that near samples are compared by."})
     train: list[str] = field(
         default_factory=list,
-        metadata={"help": "`NAME=DATA`: training texts to look for near ones of the samples in. Repeatable."},
+        metadata={
+            "help": "`NAME=DATA`, or DATA alone: training texts to look for near ones of the samples in. Repeatable."
+        },
     )
     train_column: str = field(default="text", metadata={"help": "Column of the training texts."})
     train_split: str | None = field(default=None, metadata={"help": "Split of the training texts."})
@@ -157,7 +159,23 @@ class EvalmapConfig(EncodingConfig):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ConfigError(f"Two sets are called `{twice[0]}`. Give them names, as in `--data first={twice[0]}`.")
+        self._check_train(names)
         self.specs()
+
+    def _check_train(self, sets: Sequence[str]) -> None:
+        """Refuse training sets of one name, or of a set's: what is found in them is told apart by it."""
+        names = [name for name, _ in self.train_sets]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ConfigError(
+                f"Two training sets are called `{twice[0]}`. Give them names, as in `--train first={twice[0]}`."
+            )
+        for name in names:
+            if name in sets:
+                raise ConfigError(
+                    f"A training set and an evaluation set are both called `{name}`. Give one another name, as in "
+                    f"`--train {name}_train=DATA`."
+                )
 
     @property
     def task_names(self) -> tuple[str, ...]:

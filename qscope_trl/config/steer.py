@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from qscope_trl.config.encoding import EncodingConfig
 from qscope_trl.config.values import at_least, one_of
@@ -13,6 +15,14 @@ from qscope_trl.files import check_output
 MODES = ("add", "ablate", "clamp")
 UNITS = ("raw", "norm")
 GATE_READS = ("prompt", "text")
+PHASES = ("prompt", "generation")
+EXPORTS = {
+    "safetensors": (".safetensors", ".json"),
+    "gguf": (".gguf",),
+    "lm_eval": (".pt",),
+    "easysteer": (".gguf",),
+}
+"""Formats of `export`: the ending of the file, and of what is written beside it."""
 _LEAST = {
     "max_prompts": 1,
     "max_new_tokens": 1,
@@ -121,11 +131,21 @@ class SteerConfig(EncodingConfig):
         },
     )
     output: str | None = field(default=None, metadata={"help": "File of `--export`."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Replace the file of `--export` if there is one already."}
+    )
 
     @property
     def phase_list(self) -> tuple[str, ...]:
         """The phases by name."""
         return tuple(part.strip() for part in self.phases.split(",") if part.strip())
+
+    @property
+    def export_files(self) -> tuple[Path, ...]:
+        """What `export` writes: `output`, and a file beside it, if the format has one."""
+        if not self.export or not self.output:
+            return ()
+        return (Path(self.output), *map(Path(self.output).with_suffix, EXPORTS[self.export][1:]))
 
     @property
     def sweep_list(self) -> tuple[float, ...]:
@@ -151,16 +171,24 @@ class SteerConfig(EncodingConfig):
                 raise ConfigError(f"`{name}` is {getattr(self, name)!r}; it is a finite number.")
         if bool(self.prompt) is bool(self.data) and not (self.export and not self.prompt):
             raise ConfigError("Give the prompts in exactly one way: `--prompt TEXT`, repeated, or `--data FILE`.")
-        if bool(self.export) is not bool(self.output):
-            raise ConfigError("`--export FORMAT` and `--output FILE` come together; got one of them.")
+        if self.unit == "norm" and self.mode != "add":
+            raise ConfigError(f"`--unit norm` is for `--mode add`; in `{self.mode}` strengths are of the activations.")
+        if not self.phase_list or not set(self.phase_list) <= set(PHASES):
+            raise ConfigError(
+                f"`phases` is {self.phases!r}; write `prompt`, `generation`, or both with a comma between."
+            )
         self._check_calibrate()
         self._check_sweep()
+        self._check_export()
+        self._check_files()
 
     def _check_calibrate(self) -> None:
         if self.calibrate is None:
             if self.calibrate_data:
                 raise ConfigError("`--calibrate-data` is for `--calibrate`, which is not given.")
             return
+        if not (math.isfinite(self.calibrate) and self.calibrate > 0):
+            raise ConfigError(f"`calibrate` is {self.calibrate!r}; it is a divergence in nats above 0, such as 0.5.")
         if self.mode != "add" or self.sweep:
             other = "`--sweep` names its strengths" if self.sweep else f"`--mode {self.mode}` adds no direction"
             raise ConfigError(f"`--calibrate` finds the strength of `--mode add`, but {other}. Leave one of them out.")
@@ -178,10 +206,46 @@ class SteerConfig(EncodingConfig):
             raise ConfigError(
                 "`--sweep` needs a `--behaviour` to count: `chinese`, `repetition`, `regex:PATTERN` or `rule:RULE`."
             )
-        if not (self.prompt or self.data):
-            raise ConfigError("`--sweep` needs prompts: `--prompt TEXT`, repeated, or `--data FILE`.")
         if self.report:
             raise ConfigError("`--report` shows one strength; leave out `--sweep`, or take `--figure` and `--json`.")
+        if self.export:
+            raise ConfigError("`--export` writes one strength; leave out `--sweep`, and export once one is chosen.")
+
+    def _check_export(self) -> None:
+        if bool(self.export) is not bool(self.output):
+            raise ConfigError("`--export FORMAT` and `--output FILE` come together; got one of them.")
+        if not self.export or not self.output:
+            return
+        one_of("export", self.export, tuple(EXPORTS))
+        ending = EXPORTS[self.export][0]
+        if Path(self.output).suffix != ending:
+            raise ConfigError(f"`output` is '{self.output}', but the ending of a `{self.export}` file is `{ending}`.")
+        reasons = (
+            (self.mode != "add", f"`--mode {self.mode}` depends on the features' activations"),
+            (self.unit != "raw", f"`--unit {self.unit}` depends on the residual's norm"),
+            (set(self.phase_list) != set(PHASES), f"`--phases {self.phases}` leaves tokens out"),
+            (self.skip_first, "`--skip-first` leaves tokens out"),
+            (self.gate is not None, "`--gate` depends on the text"),
+        )
+        for holds, reason in reasons:
+            if holds:
+                raise ConfigError(
+                    f"An exported vector is one and the same at every token, but {reason}. Leave it out, or leave out "
+                    f"`--export`."
+                )
+
+    def _check_files(self) -> None:
+        """No file is written twice, and none is written over what is read."""
+        read = [("features", name) for name in self.features]
+        read += [(name, getattr(self, name) or "") for name in ("data", "calibrate_data", "gate")]
+        taken = {os.path.realpath(path): f"which `{name}` reads" for name, path in read if os.path.isfile(path)}
+        written = [(name, getattr(self, name)) for name in ("figure", "report", "json")]
+        for name, path in [*written, *(("output", str(file)) for file in self.export_files)]:
+            if not path:
+                continue
+            use = taken.setdefault(os.path.realpath(path), f"which `{name}` writes")
+            if use != f"which `{name}` writes":
+                raise ConfigError(f"`{name}` would write '{path}', {use}. Choose another name for one of them.")
 
 
 def _numbers(text: str) -> list[float]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from qscope_trl._version import __version__
+from qscope_trl.config.steer import EXPORTS
 from qscope_trl.errors import CheckpointError, ConfigError, ModelStructureError
 from qscope_trl.features import FeatureSet
 from qscope_trl.files import write_whole
@@ -307,10 +308,10 @@ def hook_point(layer: int, model: nn.Module | None) -> str:
 
 Writer = Callable[[Path, SteeringVectors, nn.Module | None], None]
 FORMATS: dict[str, tuple[Writer, tuple[str, ...]]] = {
-    "safetensors": (write_safetensors, (".safetensors", ".json")),
-    "gguf": (write_llama_cpp, (".gguf",)),
-    "lm_eval": (write_lm_eval, (".pt",)),
-    "easysteer": (write_easysteer, (".gguf",)),
+    "safetensors": (write_safetensors, EXPORTS["safetensors"]),
+    "gguf": (write_llama_cpp, EXPORTS["gguf"]),
+    "lm_eval": (write_lm_eval, EXPORTS["lm_eval"]),
+    "easysteer": (write_easysteer, EXPORTS["easysteer"]),
 }
 """Writer by name of the format, the ending of its file, and of what is written beside it."""
 

@@ -16,7 +16,7 @@ from qscope_trl.activations.encode import residual_batches
 from qscope_trl.activations.opening import open_model
 from qscope_trl.activations.sources import open_source, text_columns, text_of
 from qscope_trl.bundled import sae_path
-from qscope_trl.config.steer import SteerConfig
+from qscope_trl.config.steer import PHASES, SteerConfig
 from qscope_trl.errors import ConfigError, DataError
 from qscope_trl.features import FeatureSet
 from qscope_trl.files import write_whole
@@ -25,7 +25,7 @@ from qscope_trl.sae.chosen import ChosenEncoder
 from qscope_trl.sae.suite import SAESuite
 from qscope_trl.steering import show
 from qscope_trl.steering.calibration import Calibration, calibrate
-from qscope_trl.steering.exports import FORMATS, export
+from qscope_trl.steering.exports import export
 from qscope_trl.steering.sampling import Generation, Sampling, generate
 from qscope_trl.steering.steer import steer
 from qscope_trl.steering.sweep import Sweep, run_sweep
@@ -45,6 +45,7 @@ class SteerResult:
         steered: Texts with steering.
         num_edits: Tokens steered.
         calibration: How the strength was found, if it was.
+        is_narrowed: Whether phases, positions or a gate leave tokens out, as a calibration does not.
         sweep: The sweep, instead of texts.
         written: Files written, with what each is.
     """
@@ -58,6 +59,7 @@ class SteerResult:
     calibration: Calibration | None
     sweep: Sweep | None
     written: dict[str, str]
+    is_narrowed: bool = False
 
 
 def run(config: SteerConfig, *, show_progress: bool = True) -> SteerResult:
@@ -68,15 +70,16 @@ def run(config: SteerConfig, *, show_progress: bool = True) -> SteerResult:
         show_progress: Whether to show progress bars on stderr.
 
     Raises:
-        ConfigError: If settings do not fit, or the model cannot be loaded.
+        ConfigError: If settings do not fit, an exported file is there already, or the model cannot be loaded.
         DataError: If there is no prompt.
         CheckpointError: If an SAE cannot be read.
         FeatureSetError: If the features do not fit the SAEs.
         RuleError: If a rule cannot be read.
         SteeringError: If nothing was steered, or the calibration did not reach its target.
     """
-    if config.export is not None and config.export not in FORMATS:
-        raise ConfigError(f"`export` is {config.export!r}; choose one of {', '.join(FORMATS)}.")
+    for file in config.export_files:
+        if file.exists() and not config.overwrite:
+            raise ConfigError(f"'{file}' is there already. Choose another `--output`, or give `--overwrite`.")
     if config.figure:
         show.require_figure(config.figure)
     features = _features(config)
@@ -160,6 +163,7 @@ def run(config: SteerConfig, *, show_progress: bool = True) -> SteerResult:
     result = SteerResult(
         features=features, strength=strength, prompts=given, plain=[one.text for one in plain],
         steered=[one.text for one in other], num_edits=num_edits, calibration=calibration, sweep=None, written={},
+        is_narrowed=config.skip_first or config.gate is not None or set(config.phase_list) != set(PHASES),
     )  # fmt: skip
     if config.report:
         _report(config, result, model, tokenizer, saes, list(zip(plain, other, strict=True)))
@@ -174,7 +178,8 @@ def format_result(result: SteerResult) -> str:
         found = result.calibration
         parts.append(
             f"strength {found.strength:.4g}: KL divergence {found.kl:.4g} over {found.num_tokens} tokens, "
-            f"{len(found.tried)} strengths tried\n\n"
+            f"{len(found.tried)} strengths tried"
+            f"{'; measured at every position, without gate' if result.is_narrowed else ''}\n\n"
         )
     if result.sweep is not None:
         parts.append(show.format_sweep(result.sweep))
@@ -199,7 +204,7 @@ def _finish(config: SteerConfig, result: SteerResult, model: Any, saes: SAESuite
             positions=slice(1, None) if config.skip_first else None,
             gate=config.gate,
             model=model,
-            overwrite=True,
+            overwrite=config.overwrite,
         )
         result.written["steering vector"] = config.output
     if config.json:
@@ -221,6 +226,7 @@ def _facts(config: SteerConfig, result: SteerResult) -> dict[str, Any]:
         facts["controls"] = [
             {str(feature.id): feature.weight for feature in control.features} for control in result.sweep.controls
         ]
+        facts["warnings"] = result.sweep.warned
         return facts
     facts["num_edits"] = result.num_edits
     facts["texts"] = [

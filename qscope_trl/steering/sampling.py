@@ -15,6 +15,8 @@ from tqdm.auto import tqdm
 from qscope_trl.activations.encode import tokenize
 
 _LOGITS_AT_ONCE = 2**25
+_SEED_STEP = 0x9E3779B1
+"""Between the seeds of batches: large and odd, so that seeds next to each other share no batch's numbers."""
 
 
 class Generation(NamedTuple):
@@ -47,7 +49,8 @@ class Sampling:
 def generate(model: Any, tokenizer: Any, prompts: Sequence[str], settings: Sampling) -> list[Generation]:
     """One continuation of each prompt, in their order; the same seed draws the same random numbers.
 
-    Prompts of like length share a batch. The random state outside is left as it was.
+    Prompts of like length share a batch. Each batch is seeded by itself, so that one that ends early does not change
+    the next one's numbers. The random state outside is left as it was.
 
     Args:
         model: A transformers model on its device.
@@ -65,8 +68,8 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[str], settings: Sampl
     device = model.get_input_embeddings().weight.device
     bar = tqdm(total=len(order), desc="generating", unit="text", disable=not settings.show_progress, leave=False)
     with bar, _evaluating(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(settings.seed)
         for start in range(0, len(order), settings.batch_size):
+            torch.manual_seed((settings.seed + start // settings.batch_size * _SEED_STEP) % 2**63)
             places = order[start : start + settings.batch_size]
             width = max(len(ids[n]) for n in places)
             # Any id does for padding on the left: it is masked.

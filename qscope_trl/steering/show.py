@@ -35,7 +35,9 @@ def format_sweep(sweep: Sweep) -> str:
         cells = [FEATURES if point.strength else "no steering", f"{point.strength:g}", str(point.num_texts)]
         cells += [f"{100 * point.rate:.1f}", _interval(point.rate_interval)]
         if point.share is not None and point.share_interval is not None:
-            cells += [f"{100 * point.share:.2f}", _interval(point.share_interval, 2)]
+            # One text has no spread to resample.
+            interval = _interval(point.share_interval, 2) if point.num_texts > 1 else "-"
+            cells += [f"{100 * point.share:.2f}", interval]
         rows.append([*cells, f"{point.perplexity:.1f}"])
     for strength, points in _controls(sweep).items():
         rates, ppl = [p.rate for p in points], [p.perplexity for p in points]
@@ -53,7 +55,8 @@ def format_sweep(sweep: Sweep) -> str:
     notes += "; perplexity: of the generations under the unsteered model"
     if sweep.controls:
         notes += "; random: interval is smallest to largest draw"
-    return "\n".join(lines) + f"\n{notes}\n"
+    noted = [notes, *(f"{', '.join(where)}: {message}" for message, where in sweep.warned.items())]
+    return "\n".join([*lines, *noted]) + "\n"
 
 
 def write_figure(path: str | os.PathLike[str], sweep: Sweep) -> None:

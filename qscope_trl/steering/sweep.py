@@ -6,6 +6,7 @@ with the same weights, in mode `add` scaled so that each layer is shifted as far
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from tqdm.auto import tqdm
 
 from qscope_trl.activations.feature_table import TableEncoder
 from qscope_trl.activations.matching import draw_matched, token_rates
-from qscope_trl.errors import DataError
+from qscope_trl.errors import DataError, QScopeWarning
 from qscope_trl.features import FeatureSet
 from qscope_trl.monitor.detectors import Detector, rate_interval, ratio, ratio_interval, text_detector
 from qscope_trl.rules import load_rule
@@ -66,6 +67,8 @@ class Sweep(NamedTuple):
     points: list[Point]
     detector: Detector
     controls: list[FeatureSet]
+    warned: dict[str, list[str]]
+    """What steering warned of, by message: arms and strengths, such as `random 1 at -4`."""
 
     def of(self, arm: str) -> list[Point]:
         """Points of one arm by strength; strength 0 is the same for all."""
@@ -157,9 +160,19 @@ def run_sweep(
             num_texts=len(texts),
         )
 
-    def run(chosen: FeatureSet, strength: float) -> list[Generation]:
-        with steered(chosen, strength) if strength else nullcontext():
-            return generate(model, tokenizer, prompts, sampling)
+    warned: dict[str, list[str]] = {}
+
+    def run(arm: str, chosen: FeatureSet, strength: float) -> list[Generation]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", QScopeWarning)
+            with steered(chosen, strength) if strength else nullcontext():
+                made = generate(model, tokenizer, prompts, sampling)
+        for one in caught:
+            if issubclass(one.category, QScopeWarning):
+                warned.setdefault(str(one.message), []).append(f"{arm} at {strength:g}")
+            else:
+                warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+        return made
 
     others = [strength for strength in strengths if strength]
     with tqdm(
@@ -169,7 +182,7 @@ def run_sweep(
         disable=not show_progress,
         leave=False,
     ) as bar:
-        plain = run(features, 0.0)
+        plain = run(FEATURES, features, 0.0)
         points = [point(FEATURES, 0.0, plain)]
         bar.update()
         texts = [prompt + one.text for prompt, one in zip(prompts, plain, strict=True)]
@@ -179,9 +192,9 @@ def run_sweep(
         arms = {FEATURES: features, **{f"random {n + 1}": control for n, control in enumerate(controls)}}
         for arm, chosen in arms.items():
             for strength in others:
-                points.append(point(arm, strength, run(chosen, strength)))
+                points.append(point(arm, strength, run(arm, chosen, strength)))
                 bar.update()
-    return Sweep(points, detector, controls)
+    return Sweep(points, detector, controls, warned)
 
 
 def draw_controls(

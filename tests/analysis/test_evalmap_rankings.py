@@ -9,15 +9,19 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from qscope_trl.analysis.evalmap import rankings
 from qscope_trl.analysis.evalmap.rankings import (
     Scores,
     bootstrap,
     kendall,
+    mean_taus,
+    model_weights,
     pair_agreement,
     partial_correlation,
     pearson,
     rank_agreement,
     read_scores,
+    resampled_taus,
     spearman,
     subset_agreement,
 )
@@ -45,6 +49,39 @@ def test_subsets_agree_as_all_of_them_do() -> None:
         assert abs(found.tau[place] - np.mean(wanted)) < 4 * found.error[place] + 1e-12
     assert found.tau[-1] == pytest.approx(1)
     assert found.performance_redundancy == pytest.approx(found.tau.mean())
+    assert found.interval.value == found.performance_redundancy
+    assert -1 <= found.interval.low < found.interval.value < found.interval.high <= 1
+
+
+def test_taus_over_resamples_equal_scipys_on_the_drawn_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rankings, "_PAIRS", 4)
+    generator = np.random.default_rng(5)
+    whole, parts = generator.integers(0, 4, 6).astype(float), generator.integers(0, 3, (5, 6)).astype(float)
+    parts[2] = 1  # ranks none
+    weights = np.vstack([np.ones(6), model_weights(6, 30, 7), np.eye(6)[:1] * 6])
+    found = resampled_taus(whole, parts, weights)
+    for place, row in enumerate(weights):
+        models = np.repeat(np.arange(6), row.astype(int))
+        wanted = [kendall(whole[models], part[models]) for part in parts]
+        np.testing.assert_allclose(found[place], wanted, atol=1e-12)
+    means = mean_taus(whole, parts, weights)
+    assert means[0] == pytest.approx(np.nan_to_num(found[0]).mean())
+    assert np.isnan(means[-1])  # one model alone is not ranked by the whole set either
+    assert (model_weights(6, 30, 7).sum(1) == 6).all()
+
+
+def test_the_interval_of_performance_redundancy_is_that_of_drawing_models_anew() -> None:
+    """With one size, the whole set's half and the whole: the same percentiles by a plain loop."""
+    by_sample = np.random.default_rng(6).random((8, 2))
+    found = subset_agreement(by_sample, draws=40, resamples=60, seed=3)
+    draw, models = np.random.default_rng(3), np.random.default_rng(3)
+    parts = [by_sample[:, draw.choice(2, 1, replace=False)].mean(1) for _ in range(40)]
+    whole = by_sample.mean(1)
+    values = []
+    for _ in range(60):
+        rows = models.integers(0, 8, 8)
+        values.append((np.mean([np.nan_to_num(kendall(whole[rows], part[rows])) for part in parts]) + 1) / 2)
+    assert found.interval[1:] == pytest.approx(np.quantile(values, [0.025, 0.975]))
 
 
 def test_the_bootstrap_interval_covers_a_mean_as_often_as_it_says() -> None:
@@ -112,12 +149,26 @@ def test_scores_by_set_and_by_sample_are_read(tmp_path: Path) -> None:
         ("model,a/0\none,1\ntwo,1\n", r"lacks 1 of the 2 rows of `a`, such as `a/1`"),
         ("model,b\none,good\ntwo,1\n", r"the score of `one` on `b` is 'good', not a number"),
         ("model,b\none,nan\ntwo,1\n", r"the score of `one` on `b` is 'nan', not a number"),
+        ("model;a;b\none;1;2\ntwo;1;2\n", r"has one column only, `model;a;b`, and no scores. .* with commas between"),
+        ("model\none\ntwo\n", r"has one column only, `model`, and no scores"),
+        ("model,a,a\none,1,1\ntwo,1,0\n", r"has scores of `a` twice. Leave one of the columns out"),
+        ("model,a/0,a/00,a/1\none,1,1,0\ntwo,1,0,0\n", r"has scores of `a/00` twice"),
+        (
+            "model,a,a/0,a/1\none,1,1,0\ntwo,1,0,0\n",
+            r"of `a` as a whole and of its samples.* Leave the column `a` out",
+        ),
         ("model,b\none,1,2\ntwo,1\n", r"the row of `one` has 2 scores, the header 1"),
     ],
 )
 def test_scores_that_do_not_fit_are_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         read_scores(write(tmp_path, text), {"a": 2, "b": 7})
+
+
+def test_a_byte_order_mark_is_no_part_of_the_header(tmp_path: Path) -> None:
+    path = tmp_path / "scores.csv"
+    path.write_text('"model",b\none,1\ntwo,2\n', encoding="utf-8-sig")
+    assert read_scores(path, {"b": 7}).by_set["b"].tolist() == [1, 2]
 
 
 def test_a_missing_scores_file_is_said(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from qscope_trl.analysis.evalmap.samples import Encoder, read_sets, train_blocks
+from qscope_trl.analysis.evalmap.samples import Encoder, gather_sets, read_sets, train_blocks
 from qscope_trl.config.evalmap import EvalmapConfig
 from qscope_trl.errors import ConfigError, DataError
 from tests.analysis.curation_setting import LAYERS, MAX_LENGTH, Setting, make_setting, make_store, write_lines
@@ -95,6 +95,28 @@ def test_columns_split_and_filter_sets(setting: Setting) -> None:
     few = read_sets(config(setting, by=["lang"], max_samples=3))
     assert [found.num_samples for found in few.sets] == [3, 3, 3]
     assert few.sets[1].rows.tolist() == by_name["a/en"].rows.tolist()[:3]
+
+
+def test_values_that_name_sets_are_told_apart(setting: Setting, tmp_path: Path) -> None:
+    values = [None, "None", 1, 1.0, 1.5, True, "x"]
+    path = write_lines(tmp_path / "by.jsonl", [{"text": "w2 w3", "v": value} for value in values])
+    found = {
+        entry.name: entry.rows.tolist() for entry in gather_sets(config(setting, data=[str(path)], by=["v"])).sets
+    }
+    assert found == {
+        "by/(none)": [0], "by/None": [1], "by/1": [2, 3], "by/1.5": [4], "by/True": [5], "by/x": [6],
+    }  # fmt: skip
+    (whole,) = gather_sets(config(setting, data=[str(path)], filter=["v=1"])).sets
+    assert whole.rows.tolist() == [2, 3]
+
+
+def test_a_null_is_an_empty_text_and_a_number_none(setting: Setting, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "null.jsonl", [{"text": "w2 w3"}, {"text": None}])
+    read = read_sets(config(setting, data=[str(path)]))
+    assert (read.sets[0].num_samples, read.footprints.row_ids["null"].tolist()) == (2, [0])
+    path = write_lines(tmp_path / "three.jsonl", [{"text": 3}])
+    with pytest.raises(DataError, match=r"Row 0 of '.*three.jsonl' holds 3 in column `text`, which is not a text"):
+        read_sets(config(setting, data=[str(path)]))
 
 
 @pytest.mark.parametrize("per", ["document", "token"])
@@ -217,6 +239,10 @@ def test_settings_name_sets_and_what_holds_for_each() -> None:
         ({"pool": "mean"}, r"`pool` is 'mean'; choose one of last, max"),
         ({"near": 1.5}, r"`near` is 1.5; it is a share, 0 to 1"),
         ({"near": 0.0, "train": ["x"]}, r"`train` was given, but `near` is 0, so nothing is looked for"),
+        ({"train": ["x/t.jsonl", "y/t.jsonl"]}, r"Two training sets are called `t`.* `--train first=t`"),
+        ({"train": ["t=x", "t=y"]}, r"Two training sets are called `t`"),
+        ({"train": ["a=y"]}, r"A training set and an evaluation set are both called `a`.* `--train a_train=DATA`"),
+        ({"tasks": "gsm8k", "train": ["x/gsm8k"]}, r"A training set and an evaluation set are both called `gsm8k`"),
         ({"given": "a"}, r"`given` is 'a', a set to take out of scores, but no `scores` are given"),
         ({"max_samples": 0}, r"`max_samples` is 0; it is 1 or more"),
         ({"near_pairs": -1}, r"`near_pairs` is -1; it is 0 or more"),

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,10 +22,11 @@ from qscope_trl.analysis.evalmap.mapping import make_map
 from qscope_trl.analysis.evalmap.rankings import Scores, kendall
 from qscope_trl.analysis.evalmap.report import plain, subset_files
 from qscope_trl.analysis.evalmap.run import Mapped, format_result, run
+from qscope_trl.analysis.evalmap.samples import Encoder
 from qscope_trl.analysis.evalmap.scoring import compare_scores
 from qscope_trl.cli import main
 from qscope_trl.config.evalmap import EvalmapConfig
-from qscope_trl.errors import ConfigError
+from qscope_trl.errors import ConfigError, DataError
 from tests.analysis.curation_setting import MAX_LENGTH, Setting, make_setting, write_lines
 from tests.tiny import K
 
@@ -202,7 +204,9 @@ def test_the_table_says_what_matters(mapped: Mapped) -> None:
     text = "\n".join(lines)
     assert "near samples: " in text
     assert "near training texts: " in text
-    assert "a/de: R_perf " in text
+    number = r"-?\d\.\d+ \(-?\d\.\d+ to -?\d\.\d+\)"
+    assert re.search(rf"a/en: R_perf {number}; subset of \d+: tau {number}, random {number}\n", text)
+    assert "fewer than three" not in text
     assert "Pearson of overlap and score correlation: " in text
     assert "the same, given b: " in text
     assert lines[-1] == f"Report written to {mapped.output / 'report.html'}"
@@ -241,6 +245,53 @@ def test_what_cannot_be_done_is_said_before_anything_is_read(
     with pytest.raises(ConfigError, match=r"`evalmap` needs SciPy, which is not installed"):
         run(config(setting, tmp_path / "new", model="nowhere"))
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"by": ["b=nothing"]}, DataError, r"has no column `nothing`, which `filter` or `by` names"),
+        ({"filter": ["b:lang=xx"]}, DataError, r"No row of '.*' has `lang=xx`, so `b` is empty"),
+        ({"text_column": ["b=nothing"]}, DataError, r"has no column `nothing`"),
+        ({"train": ["t=DATA"], "train_column": "nothing"}, DataError, r"has no column `nothing`"),
+        ({"subset": 1000}, ConfigError, r"`subset` is 1000, but `a` has 61 samples"),
+        ({"scores": "none.csv"}, DataError, r"The scores 'none.csv' cannot be read"),
+        ({"scores": "SCORES", "given": "b"}, ConfigError, r"`given` is 'b', of which there are no scores"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_is_encoded(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], kind: Any, message: str
+) -> None:
+    def encode(*_: Any) -> None:
+        pytest.fail("something was encoded")
+
+    monkeypatch.setattr(Encoder, "__call__", encode)
+    scores = tmp_path / "scores.csv"
+    scores.write_text("model,a\none,1\ntwo,2\n")
+    given = {"by": [], "filter": [], **changes}
+    if given.get("scores") == "SCORES":
+        given["scores"] = str(scores)
+    given["train"] = [entry.replace("DATA", str(setting.data)) for entry in given.get("train", [])]
+    with pytest.raises(kind, match=message):
+        run(config(setting, tmp_path / "out", **given), show_progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_few_scored_sets_are_said(setting: Setting, tmp_path: Path) -> None:
+    scores = tmp_path / "scores.csv"
+    scores.write_text("model,a,b\none,1,2\ntwo,2,3\n")
+    found = run(
+        config(setting, tmp_path / "out", by=[], scores=str(scores), near=0.0, max_samples=9), show_progress=False
+    )
+    assert "scores: fewer than three pairs of scored sets: no correlation\n" in format_result(found)
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "<p>Fewer than three pairs of scored sets: no correlation.</p>" in page
+    three = Scores(("A", "B"), {name: np.array([0.1, 0.2]) for name in "abc"}, {})
+    footprints = prints({"a": 9, "b": 8, "c": 7})
+    compared = compare_scores(make_map(footprints), footprints, three, given="a", draws=5)
+    assert compared.overlap_agreement is not None
+    text = format_result(found._replace(scores=compared))
+    assert "scores, given a: fewer than three pairs of scored sets: no correlation\n" in text
 
 
 def prints(sizes: dict[str, int], seed: int = 0) -> Footprints:
@@ -285,6 +336,7 @@ def test_scores_are_compared_on_the_chosen_samples() -> None:
         chosen = 2 * entry.chosen.samples[:3]
         assert ranking.greedy.value == pytest.approx(kendall(values.mean(1), values[:, chosen].mean(1)))
         assert -1 <= ranking.greedy.low <= ranking.greedy.high <= 1
+        assert -1 <= ranking.random.low <= ranking.random.value <= ranking.random.high <= 1
     assert compared.redundancy_agreement is not None
     assert compared.overlap_agreement is not None
     assert compared.partial_agreement is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,15 @@ from qscope_trl.activations.opening import open_model
 from qscope_trl.bundled import sae_path
 from qscope_trl.cli import main
 from qscope_trl.config.steer import SteerConfig
-from qscope_trl.errors import ConfigError, DataError
+from qscope_trl.errors import ConfigError, DataError, QScopeWarning
 from qscope_trl.monitor.detectors import num_chinese, text_detector
 from qscope_trl.steering import show
 from qscope_trl.steering.run import format_result, run
 from qscope_trl.steering.sampling import Generation, Sampling, generate, perplexity
 from qscope_trl.steering.steer import steer
-from qscope_trl.steering.sweep import draw_controls, open_behaviour
+from qscope_trl.steering.sweep import Point, Sweep, draw_controls, open_behaviour
 
+GGUF = {"export": "gguf", "output": "x.gguf"}
 PROMPTS = ["Insert a table\n", "Open the Chart Wizard and", "Charts"]
 FEATURES = "L4F1740,L5F23"
 
@@ -212,7 +214,9 @@ def test_the_command_runs_and_takes_negative_strengths(
     monkeypatch.chdir(tmp_path)
     FeatureSet.from_names(FEATURES.split(",")).save("zh.yaml")
     start = ["steer", "--model", "demo", "--saes", "demo", "--features", "zh.yaml", "--max-new-tokens", "4"]
-    assert main([*start, "--prompt", "Charts", "--layers", "5", "--gate", "L4F1740 > 100", "--strength", "9"]) == 0
+    gated = ["--prompt", "Charts", "--layers", "5", "--gate", "L4F1740 > 100", "--strength", "9"]
+    with pytest.warns(QScopeWarning, match="The gate `L4F1740 > 100` never held"):
+        assert main([*start, *gated]) == 0
     assert "0 tokens steered" in capsys.readouterr().out
     assert main(
         [*start, "--prompt", "Charts", "--sweep", "-4,8", "--behaviour", "regex:e", "--control-draws", "0"]
@@ -236,16 +240,33 @@ def test_the_command_runs_and_takes_negative_strengths(
         ({"calibrate_data": "x.txt"}, "`--calibrate-data` is for `--calibrate`, which is not given"),
         ({"calibrate": 0.5, "mode": "clamp"}, "but `--mode clamp` adds no direction"),
         ({"calibrate": 0.5, "sweep": "4", "behaviour": "chinese"}, "but `--sweep` names its strengths"),
-        ({"calibrate": 0.5, "prompt": [], "export": "gguf", "output": "x"}, "`--calibrate` needs texts"),
+        ({"calibrate": 0.5, "prompt": [], **GGUF}, "`--calibrate` needs texts"),
         ({"behaviour": "chinese"}, "`--behaviour` is for `--sweep`, which is not given"),
         ({"sweep": "4"}, "`--sweep` needs a `--behaviour` to count"),
         ({"sweep": "4;8", "behaviour": "chinese"}, "`sweep` is '4;8'; write strengths as `-8,-4,0,4,8`"),
         ({"sweep": "0", "behaviour": "chinese"}, "at least one of them not 0"),
-        (
-            {"sweep": "4", "behaviour": "chinese", "prompt": [], "export": "gguf", "output": "x"},
-            "`--sweep` needs prompts",
-        ),
         ({"sweep": "4", "behaviour": "chinese", "report": "r.html"}, "`--report` shows one strength"),
+        (
+            {"sweep": "4", "behaviour": "chinese", "export": "gguf", "output": "x.gguf"},
+            "`--export` writes one strength; leave out `--sweep`",
+        ),
+        ({"calibrate": math.nan}, "`calibrate` is nan; it is a divergence in nats above 0"),
+        ({"calibrate": 0.0}, "`calibrate` is 0.0; it is a divergence in nats above 0"),
+        ({"phases": "promt"}, "`phases` is 'promt'; write `prompt`, `generation`, or both"),
+        ({"phases": " ,"}, "`phases` is ' ,'; write `prompt`"),
+        ({"unit": "norm", "mode": "clamp"}, "`--unit norm` is for `--mode add`; in `clamp`"),
+        ({"export": "onnx", "output": "x"}, "`export` is 'onnx'; choose one of safetensors, gguf"),
+        ({"export": "gguf", "output": "z.pt"}, "`output` is 'z.pt', but the ending of a `gguf` file is `.gguf`"),
+        ({**GGUF, "mode": "ablate"}, "one and the same at every token, but `--mode ablate` depends on the features"),
+        ({**GGUF, "unit": "norm"}, "but `--unit norm` depends on the residual's norm"),
+        ({**GGUF, "phases": "prompt"}, "but `--phases prompt` leaves tokens out"),
+        ({**GGUF, "skip_first": True}, "but `--skip-first` leaves tokens out"),
+        ({**GGUF, "gate": "L4F1 > 1"}, "but `--gate` depends on the text"),
+        ({"report": "same", "json": "./same"}, "`json` would write './same', which `report` writes. Choose another"),
+        (
+            {"export": "safetensors", "output": "zh.safetensors", "json": "zh.json"},
+            "`output` would write 'zh.json', which `json` writes",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_raise(changes: dict[str, Any], message: str) -> None:
@@ -256,7 +277,17 @@ def test_settings_that_do_not_fit_raise(changes: dict[str, Any], message: str) -
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"export": "onnx", "output": "x"}, ConfigError, "`export` is 'onnx'; choose one of safetensors, gguf"),
+        (
+            {"export": "safetensors", "output": "old.safetensors"},
+            ConfigError,
+            "'old.json' is there already. Choose another `--output`, or give `--overwrite`",
+        ),
+        ({"export": "gguf", "output": "old.gguf"}, ConfigError, "'old.gguf' is there already"),
+        (
+            {"features": ["old.json"], "json": "old.json"},
+            ConfigError,
+            "`json` would write 'old.json', which `features` reads",
+        ),
         ({"features": ["zh.yaml", "L5F1"]}, ConfigError, "`features` names a file and more: zh.yaml, L5F1"),
         ({"layers": "2"}, ConfigError, "none of the features is of these layers: they are of 4, 5"),
         (
@@ -272,8 +303,84 @@ def test_what_cannot_be_run_raises(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty.jsonl").write_text("")
+    for name in ("old.json", "old.gguf"):
+        Path(name).write_text("kept")
+    monkeypatch.setattr("qscope_trl.steering.run.open_model", lambda *_args, **_rest: pytest.fail("opened the model"))
     with pytest.raises(error, match=message):
         run(config(**changes), show_progress=False)
+    assert {Path(name).read_text() for name in ("old.json", "old.gguf")} == {"kept"}
+
+
+def test_overwrite_replaces_an_exported_file(tmp_path: Path) -> None:
+    from qscope_trl.steering.exports import load_vectors
+
+    path = tmp_path / "zh.safetensors"
+    path.write_text("old")
+    run(config(prompt=[], export="safetensors", output=str(path), overwrite=True), show_progress=False)
+    assert sorted(load_vectors(path).vectors) == [4, 5]
+
+
+def test_each_batch_draws_its_own_numbers_however_early_the_one_before_ended(
+    opened: tuple[Any, Any, SAESuite], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer, _ = opened
+    states: list[list[Any]] = []
+
+    def fake(extra: int) -> Any:
+        states.append([])
+
+        def draw(input_ids: torch.Tensor, **_rest: Any) -> torch.Tensor:
+            states[-1].append(float(torch.rand(1, dtype=torch.float64)))
+            torch.rand(extra)
+            return torch.cat([input_ids, input_ids[:, :1]], 1)
+
+        return draw
+
+    for extra, seed in ((0, 0), (5, 0), (0, 1)):
+        monkeypatch.setattr(model, "generate", fake(extra))
+        generate(model, tokenizer, PROMPTS, Sampling(seed=seed, batch_size=1))
+    assert states[0] == states[1]
+    assert len({*states[0], *states[2]}) == 6
+    torch.manual_seed(0)
+    assert states[0][0] == float(torch.rand(1, dtype=torch.float64))
+
+
+def test_the_table_says_which_arm_and_strength_was_warned_of(opened: tuple[Any, Any, SAESuite]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", QScopeWarning)
+        result = run(
+            config(
+                features=["L5F1"], prompt=["a"], mode="ablate", max_new_tokens=1,
+                sweep="2", behaviour="regex:e", control_draws=1,
+            ),
+            show_progress=False,
+        )  # fmt: skip
+    assert result.sweep is not None
+    (where,) = (where for message, where in result.sweep.warned.items() if "No ablated feature was active" in message)
+    assert where[:2] == ["features at -2", "features at 2"]
+    assert "\nfeatures at -2, features at 2" in show.format_sweep(result.sweep)
+
+
+def test_the_share_of_one_text_has_no_interval() -> None:
+    points = [
+        Point(
+            arm="features", strength=float(n), rate=0.0, rate_interval=(0.0, 0.5), share=0.1818,
+            share_interval=(0.1818, 0.1818), perplexity=9.0, num_texts=1 + n,
+        )
+        for n in (0, 1)
+    ]  # fmt: skip
+    lines = show.format_sweep(Sweep(points, text_detector("chinese"), [], {})).splitlines()
+    assert lines[1].split()[-3:] == ["18.18", "-", "9.0"]
+    assert "18.18 to 18.18" in lines[2]
+
+
+def test_a_calibration_says_that_it_did_not_look_at_phases_or_gate() -> None:
+    given = {"prompt": ["Charts"], "max_new_tokens": 4, "calibrate": 0.5}
+    shown = [
+        format_result(run(config(**given, **changes), show_progress=False)) for changes in ({}, {"skip_first": True})
+    ]
+    note = "strengths tried; measured at every position, without gate\n"
+    assert [note in one for one in shown] == [False, True]
 
 
 def test_sweep_lists_hold_zero_and_a_strength_of_the_other_sign() -> None:
@@ -283,7 +390,8 @@ def test_sweep_lists_hold_zero_and_a_strength_of_the_other_sign() -> None:
 
 def test_choices_are_those_of_the_functions() -> None:
     from qscope_trl.config import steer as settings
-    from qscope_trl.steering import direction, gate, span
+    from qscope_trl.steering import direction, exports, gate, span
 
     assert (settings.MODES, settings.UNITS, settings.GATE_READS) == (direction.MODES, direction.UNITS, gate.READS)
-    assert config().phase_list == span.PHASES
+    assert config().phase_list == settings.PHASES == span.PHASES
+    assert {name: endings for name, (_, endings) in exports.FORMATS.items()} == settings.EXPORTS

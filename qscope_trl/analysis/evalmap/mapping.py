@@ -154,6 +154,16 @@ def make_map(footprints: Footprints, *, subset: int | None = None, cluster_overl
     )
 
 
+def check_subset(subset: int | None, name: str, num_samples: int) -> None:
+    """Refuse a subset larger than its set.
+
+    Raises:
+        ConfigError: If it is.
+    """
+    if subset is not None and subset > num_samples:
+        raise ConfigError(f"`subset` is {subset}, but `{name}` has {num_samples} samples.")
+
+
 def _figures(
     footprints: Footprints,
     name: str,
@@ -165,8 +175,7 @@ def _figures(
     cluster: int,
 ) -> SetFigures:
     total, counts = footprints.num_samples(name), footprints.counts(name)
-    if subset is not None and subset > total:
-        raise ConfigError(f"`subset` is {subset}, but `{name}` has {total} samples.")
+    check_subset(subset, name, total)
     features = int((counts > 0).sum())
     r = redundancy(counts, total)
     sizes = sorted({max(1, round(share * total)) for share in SHARES} | ({subset} if subset else set()))

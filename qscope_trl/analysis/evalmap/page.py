@@ -10,6 +10,7 @@ from qscope_trl.analysis.evalmap.figures import Figure
 from qscope_trl.analysis.evalmap.mapping import UNLIKE
 from qscope_trl.analysis.evalmap.near import NearSets
 from qscope_trl.analysis.evalmap.rankings import Interval
+from qscope_trl.analysis.evalmap.table import FEW_PAIRS
 from qscope_trl.config.evalmap import EvalmapConfig
 from qscope_trl.monitor import html
 
@@ -181,11 +182,11 @@ def _scores(result: Mapped, drawn: dict[str, Figure]) -> html.Html:
         return html.Html("")
     redundancies = {entry.name: entry.redundancy for entry in result.map.sets}
     performance = [
-        [name, html.figure(redundancies[name], 4), entry.performance_redundancy, float(entry.error.max())]
+        [name, html.figure(redundancies[name], 4), *_three(entry.interval), float(entry.error.max())]
         for name, entry in scores.performance.items()
     ]
     rankings = [
-        [name, ranking.size, *_three(ranking.greedy), ranking.random]
+        [name, ranking.size, *_three(ranking.greedy), *_three(ranking.random)]
         for name, entries in scores.rankings.items()
         for ranking in entries
     ]
@@ -198,10 +199,14 @@ def _scores(result: Mapped, drawn: dict[str, Figure]) -> html.Html:
     parts: list[Any] = [html.element("p", f"Scores of {scores.num_models} models; intervals of 95 % by bootstrap.")]
     if agreement:
         parts.append(html.table(["agreement", "value", "from", "to"], agreement))
+    if scores.overlap_agreement is None:
+        parts.append(html.element("p", f"{FEW_PAIRS.capitalize()}."))
+    elif scores.given is not None and scores.partial_agreement is None:
+        parts.append(html.element("p", f"Given {scores.given}: {FEW_PAIRS}."))
     parts += [_figure(drawn, "scores"), _figure(drawn, "scores_partial")]
     if performance:
-        parts.append(html.table(["set", "R", "R_perf", "largest standard error of a size"], performance))
-        header = ["set", "samples", "tau, greedy", "from", "to", "tau, random"]
+        parts.append(html.table(["set", "R", "R_perf", "from", "to", "largest standard error of a size"], performance))
+        header = ["set", "samples", "tau, greedy", "from", "to", "tau, random", "from", "to"]
         parts.append(
             html.element("p", "Kendall tau of the models' ranking by a subset against that by the whole set.")
         )

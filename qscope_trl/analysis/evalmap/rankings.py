@@ -21,6 +21,8 @@ from qscope_trl.errors import DataError
 
 Floats = NDArray[np.float64]
 
+_PAIRS = 20_000
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -40,26 +42,31 @@ class Scores:
 def read_scores(path: str | os.PathLike[str], sizes: Mapping[str, int]) -> Scores:
     """Read a CSV of scores: a row per model, its name in the first column.
 
-    Other columns are sets, by name, or samples, as `gsm8k/0`, `gsm8k/1`, ...: the set and the row of its dataset. A
-    set's own score is the mean over its samples.
+    Other columns are sets, by name, or samples, as `gsm8k/0`, `gsm8k/1`, ...: the set and the number of its sample. Of
+    a set whose samples are there the score is their mean, and a column of the set as a whole is refused.
 
     Args:
         path: The file.
-        sizes: Rows of each set's dataset, by name.
+        sizes: Samples of each set, by name.
 
     Raises:
-        DataError: If it cannot be read, names an unknown set or row, lacks a sample, or holds something else than
-            numbers.
+        DataError: If it cannot be read, has no column of scores, names an unknown set or row or one twice, lacks a
+            sample, or holds something else than numbers.
     """
     name = Path(path)
     try:
-        with name.open(encoding="utf-8", newline="") as file:
+        with name.open(encoding="utf-8-sig", newline="") as file:
             rows = [row for row in csv.reader(file) if row]
-    except (OSError, UnicodeDecodeError) as err:
+    except (OSError, UnicodeDecodeError, csv.Error) as err:
         raise DataError(f"The scores '{name}' cannot be read: {err}") from err
     if len(rows) < 3:
         raise DataError(f"'{name}' holds {max(0, len(rows) - 1)} models; rankings need two or more, and a header.")
     header, body = rows[0][1:], rows[1:]
+    if not header:
+        raise DataError(
+            f"'{name}' has one column only, `{rows[0][0][:60]}`, and no scores. Write the models in the first "
+            f"column and their scores in the next ones, with commas between."
+        )
     models = tuple(row[0] for row in body)
     if len(set(models)) < len(models):
         raise DataError(
@@ -71,16 +78,24 @@ def read_scores(path: str | os.PathLike[str], sizes: Mapping[str, int]) -> Score
     places: dict[str, dict[int, int]] = {}
     for column, title in enumerate(header):
         known, _, row = title.rpartition("/")
+        number = int(row) if row.isdecimal() else -1
+        if title in by_set or number in places.get(known, ()):
+            raise DataError(f"'{name}' has scores of `{title}` twice. Leave one of the columns out.")
         if title in sizes:
             by_set[title] = values[:, column]
-        elif known in sizes and row.isdecimal() and int(row) < sizes[known]:
-            places.setdefault(known, {})[int(row)] = column
+        elif known in sizes and 0 <= number < sizes[known]:
+            places.setdefault(known, {})[number] = column
         else:
             raise DataError(
                 f"'{name}' has the column `{title}`, which is neither a set ({', '.join(sizes)}) nor a row of one, as "
                 f"in `{next(iter(sizes))}/0`."
             )
     for known, columns in places.items():
+        if known in by_set:
+            raise DataError(
+                f"'{name}' has scores of `{known}` as a whole and of its samples; the set's score is the mean of "
+                f"those. Leave the column `{known}` out."
+            )
         missing = [row for row in range(sizes[known]) if row not in columns]
         if missing:
             raise DataError(
@@ -88,7 +103,7 @@ def read_scores(path: str | os.PathLike[str], sizes: Mapping[str, int]) -> Score
                 f"`{known}/{missing[0]}`."
             )
         by_sample[known] = values[:, [columns[row] for row in range(sizes[known])]]
-        by_set.setdefault(known, by_sample[known].mean(1))
+        by_set[known] = by_sample[known].mean(1)
     return Scores(models, by_set, by_sample)
 
 
@@ -116,6 +131,19 @@ def kendall(first: Floats, second: Floats) -> float:
     return float(kendalltau(first, second).statistic)
 
 
+class Interval(NamedTuple):
+    """An estimate with its bootstrap interval."""
+
+    value: float
+    """The estimate."""
+
+    low: float
+    """Lower end."""
+
+    high: float
+    """Upper end."""
+
+
 class SubsetAgreement(NamedTuple):
     """Whether subsets rank the models as the whole set does."""
 
@@ -131,8 +159,13 @@ class SubsetAgreement(NamedTuple):
     performance_redundancy: float
     """`R_perf`: the mean over the sizes, which are evenly spaced from 1 to N."""
 
+    interval: Interval
+    """`R_perf` with an interval over models drawn anew; the subsets stay."""
 
-def subset_agreement(by_sample: Floats, *, num_sizes: int = 20, draws: int = 100, seed: int = 0) -> SubsetAgreement:
+
+def subset_agreement(
+    by_sample: Floats, *, num_sizes: int = 20, draws: int = 100, resamples: int = 200, seed: int = 0
+) -> SubsetAgreement:
     """Kendall tau of the ranking by random subsets against the ranking by all samples.
 
     A subset on which all models score alike ranks none and counts as tau 0.
@@ -141,7 +174,8 @@ def subset_agreement(by_sample: Floats, *, num_sizes: int = 20, draws: int = 100
         by_sample: Scores `(M, N)`.
         num_sizes: Sizes to try, evenly spaced.
         draws: Subsets of each size.
-        seed: Decides them.
+        resamples: Of the models, for the interval.
+        seed: Decides them and the subsets.
 
     References:
         Qwen-Scope, arXiv:2605.11887, section 4: `R_perf`, over all sizes; here over `num_sizes` of them.
@@ -149,30 +183,63 @@ def subset_agreement(by_sample: Floats, *, num_sizes: int = 20, draws: int = 100
     generator = np.random.default_rng(seed)
     total = by_sample.shape[1]
     sizes = np.unique(np.linspace(1, total, min(num_sizes, total)).round().astype(np.int64))
-    whole = by_sample.mean(1)
+    whole, weights = by_sample.mean(1), model_weights(by_sample.shape[0], resamples, seed)
     found = np.zeros((sizes.size, draws))
+    anew = np.zeros(resamples)
     for place, size in enumerate(sizes.tolist()):
-        for draw in range(1 if size == total else draws):
-            rows = generator.choice(total, size, replace=False)
-            found[place, draw] = np.nan_to_num(kendall(whole, by_sample[:, rows].mean(1)))
-        if size == total:
-            found[place] = found[place, 0]
+        parts = random_parts(by_sample, size, 1 if size == total else draws, generator)
+        found[place] = np.nan_to_num(resampled_taus(whole, parts, np.ones((1, whole.size)))[0])
+        anew += mean_taus(whole, parts, weights) / sizes.size
     tau = found.mean(1)
     error = found.std(1, ddof=1) / np.sqrt(draws)
-    return SubsetAgreement(sizes, tau, error, float(tau.mean()))
+    value = float(tau.mean())
+    return SubsetAgreement(sizes, tau, error, value, percentiles(value, anew))
 
 
-class Interval(NamedTuple):
-    """An estimate with its bootstrap interval."""
+def random_parts(by_sample: Floats, size: int, draws: int, generator: np.random.Generator) -> Floats:
+    """Scores of the models on random subsets, `(draws, M)`."""
+    total = by_sample.shape[1]
+    return np.stack([by_sample[:, generator.choice(total, size, replace=False)].mean(1) for _ in range(draws)])
 
-    value: float
-    """The estimate."""
 
-    low: float
-    """Lower end."""
+def model_weights(count: int, resamples: int, seed: int) -> Floats:
+    """How often each model is in each resample of the models, `(resamples, M)`."""
+    generator = np.random.default_rng(seed)
+    drawn = (np.bincount(generator.integers(0, count, count), minlength=count) for _ in range(resamples))
+    return np.stack(list(drawn)).astype(np.float64)
 
-    high: float
-    """Upper end."""
+
+def resampled_taus(whole: Floats, parts: Floats, weights: Floats) -> Floats:
+    """Kendall's tau-b of rankings with one ranking, over resamples of the models: `kendall` for all of them at once.
+
+    Args:
+        whole: Scores that give the one ranking, `(M,)`.
+        parts: Scores that give the others, `(K, M)`.
+        weights: How often each model is in each resample, `(W, M)`.
+
+    Returns:
+        `(W, K)`; NaN where one of the two ranks none above another.
+    """
+    first, second = np.triu_indices(whole.size, 1)
+    both, of_whole, of_part = (np.zeros((weights.shape[0], parts.shape[0])) for _ in range(3))
+    for start in range(0, first.size, _PAIRS):
+        i, j = first[start : start + _PAIRS], second[start : start + _PAIRS]
+        sign, signs = np.sign(whole[i] - whole[j]), np.sign(parts[:, i] - parts[:, j])
+        pairs = weights[:, i] * weights[:, j]
+        both += pairs @ (signs * sign).T
+        of_whole += (pairs @ np.abs(sign))[:, None]
+        of_part += pairs @ np.abs(signs).T
+    scale = np.sqrt(of_whole * of_part)
+    taus: Floats = np.divide(both, scale, out=np.full_like(both, np.nan), where=scale > 0)
+    return taus
+
+
+def mean_taus(whole: Floats, parts: Floats, weights: Floats) -> Floats:
+    """Mean of `resampled_taus` over the parts, `(W,)`: 0 for one that ranks none, NaN where `whole` ranks none."""
+    taus = resampled_taus(whole, np.vstack([parts, whole]), weights)
+    found: Floats = np.nan_to_num(taus[:, :-1]).mean(1)
+    found[np.isnan(taus[:, -1])] = np.nan
+    return found
 
 
 def bootstrap(
@@ -194,8 +261,12 @@ def bootstrap(
     """
     generator = np.random.default_rng(seed)
     drawn = np.array([estimate(generator.integers(0, count, count)) for _ in range(draws)])
+    return percentiles(estimate(np.arange(count)), drawn, level)
+
+
+def percentiles(value: float, drawn: Floats, level: float = 0.95) -> Interval:
+    """An estimate with the percentile interval of its resamples; those that are NaN are left out."""
     drawn = drawn[np.isfinite(drawn)]
-    value = estimate(np.arange(count))
     if not drawn.size:
         return Interval(value, float("nan"), float("nan"))
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])

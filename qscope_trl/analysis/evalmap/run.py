@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 from qscope_trl.analysis.curation.writing import output_folder
 from qscope_trl.analysis.evalmap.footprints import Footprints
-from qscope_trl.analysis.evalmap.mapping import Map, make_map
+from qscope_trl.analysis.evalmap.mapping import Map, check_subset, make_map
 from qscope_trl.analysis.evalmap.near import NearIndex, NearSets
 from qscope_trl.analysis.evalmap.rankings import Scores, read_scores
-from qscope_trl.analysis.evalmap.samples import Read, read_sets, train_blocks
-from qscope_trl.analysis.evalmap.scoring import ScoreFigures, compare_scores
+from qscope_trl.analysis.evalmap.samples import Read, encode_sets, gather_sets, train_blocks
+from qscope_trl.analysis.evalmap.scoring import ScoreFigures, check_given, compare_scores
 from qscope_trl.config.evalmap import EvalmapConfig
 from qscope_trl.errors import ConfigError
 
@@ -61,9 +61,14 @@ def run(config: EvalmapConfig, *, show_progress: bool = True) -> Mapped:
     output = Path(config.output).expanduser()
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise ConfigError(f"The output '{output}' is there already, and nothing is written over. Name another folder.")
-    read = read_sets(config, show_progress=show_progress)
-    sizes = {found.name: found.num_samples for found in read.sets}
+    gathered = gather_sets(config)
+    sizes = {found.name: found.num_samples for found in gathered.sets}
+    for name, size in sizes.items():
+        check_subset(config.subset, name, size)
     scores = None if config.scores is None else read_scores(config.scores, sizes)
+    if scores is not None:
+        check_given(config.given, scores)
+    read = encode_sets(config, gathered, show_progress=show_progress)
     found = make_map(read.footprints, subset=config.subset, cluster_overlap=config.cluster_overlap)
     compared = None if scores is None else _compared(config, found, read.footprints, scores)
     near, train, train_texts = _near(config, read, show_progress)

@@ -9,7 +9,6 @@ Shape legend: `N` samples, `F` features of all layers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,33 +28,11 @@ from qscope_trl.activations.sources import ChatRenderer, open_source, text_colum
 from qscope_trl.activations.store import FeatureStore
 from qscope_trl.analysis.evalmap.footprints import Footprints, side_by_side
 from qscope_trl.analysis.evalmap.tasks import Harness
+from qscope_trl.analysis.evalmap.texts import SampleSet, read_texts
 from qscope_trl.config.evalmap import EvalmapConfig, SetSpec
 from qscope_trl.errors import ConfigError, DataError
 
 _BLOCK = 2048
-_MOST_VALUES = 200
-
-
-@dataclass(frozen=True)
-class SampleSet:
-    """The samples of one set.
-
-    Args:
-        name: What the set is called.
-        source: Where it is from.
-        rows: Row of the dataset that each sample is, `(N,)`.
-        texts: Their texts; `None` if they are from a store.
-    """
-
-    name: str
-    source: str
-    rows: NDArray[np.int64]
-    texts: Sequence[str] | None
-
-    @property
-    def num_samples(self) -> int:
-        """Samples, those without a token too."""
-        return int(self.rows.size)
 
 
 class Encoded(NamedTuple):
@@ -162,46 +139,88 @@ def is_store(place: str) -> bool:
     return (Path(place).expanduser() / MANIFEST).is_file()
 
 
-def read_sets(config: EvalmapConfig, *, show_progress: bool = True) -> Read:
-    """Read every set of the settings.
+class Gathered(NamedTuple):
+    """The sets before anything is encoded: what does not fit them can be said at once."""
+
+    sets: tuple[SampleSet, ...]
+    """The sets, in order."""
+
+    stores: dict[str, FeatureStore]
+    """By set, the store that it is from."""
+
+    reading: Reading
+    """With what the texts are read, and how."""
+
+    encoder: Encoder | None
+    """What reads the texts, if there are any."""
+
+
+def gather_sets(config: EvalmapConfig) -> Gathered:
+    """Read the texts of every set, open every store, and look at the first row of every training set.
 
     Raises:
         ConfigError: If settings do not fit what is read.
-        DataError: If data cannot be read, stores do not belong together, or a set has no active feature.
+        DataError: If data cannot be read, or stores do not belong together.
     """
     specs = config.specs()
-    stores = [spec for spec in specs if is_store(spec.place)]
-    needs_model = len(stores) < len(specs) or config.task_names or any(not is_store(p) for _, p in config.train_sets)
+    is_stored = {spec.name: is_store(spec.place) for spec in specs}
+    for spec in specs:
+        if is_stored[spec.name] and (spec.filters or spec.by):
+            raise ConfigError(
+                f"`{spec.name}` is a feature store, which has no columns of the data: `filter` and `by` need the "
+                f"dataset."
+            )
+    harnesses = [Harness(config.task_path)] if config.task_names else []
+    needs_model = not all(is_stored.values()) or harnesses or any(not is_store(p) for _, p in config.train_sets)
     encoder = Encoder(config) if needs_model else None
-    reading = _reading(config, encoder, stores)
+    reading = _reading(config, encoder, specs)
     sets: list[SampleSet] = []
+    stores: dict[str, FeatureStore] = {}
+    for spec in specs:
+        if is_stored[spec.name]:
+            store = stores[spec.name] = open_store(spec.place, reading)
+            stop = store.num_rows if config.max_samples is None else min(store.num_rows, config.max_samples)
+            sets.append(SampleSet(spec.name, f"store {spec.place}", np.arange(stop), None))
+        elif encoder is not None:
+            sets += read_texts(spec, config.max_samples, encoder.chat)
+    for harness in harnesses:
+        for name in config.task_names:
+            prompts = harness.texts(name, config.max_samples)
+            source = f"lm-evaluation-harness: {', '.join(prompts.tasks)}"
+            sets.append(SampleSet(name, source, np.arange(len(prompts.texts)), prompts.texts))
+    for _, place in config.train_sets:
+        if is_store(place):
+            open_store(place, reading)
+        elif encoder is not None:
+            next(_train_texts(config, place, encoder.chat), None)
+    return Gathered(tuple(sets), stores, reading, encoder)
+
+
+def encode_sets(config: EvalmapConfig, gathered: Gathered, *, show_progress: bool = True) -> Read:
+    """Active sets of everything that was gathered.
+
+    Raises:
+        DataError: If a set has no active feature.
+    """
     bitmaps: dict[str, Any] = {}
     row_ids: dict[str, NDArray[np.int64]] = {}
     num_full: dict[str, int] = {}
-    harness = Harness(config.task_path) if config.task_names else None
-
-    def enter(found: SampleSet, bitmap: Any, num_tokens: NDArray[np.int64], full: int) -> None:
+    for found in gathered.sets:
+        if found.texts is None:
+            bitmap, num_tokens, full = _stored(
+                config, gathered.stores[found.name], gathered.reading, found.num_samples
+            )
+        elif gathered.encoder is not None:
+            bitmap, num_tokens, full = _encode(gathered.encoder, found.name, found.texts, show_progress)
         kept = np.flatnonzero(num_tokens)
-        sets.append(found)
-        bitmaps[found.name], row_ids[found.name] = bitmap[kept], kept
-        num_full[found.name] = full
+        bitmaps[found.name], row_ids[found.name], num_full[found.name] = bitmap[kept], kept, full
+    footprints = Footprints(bitmaps, gathered.reading.columns, row_ids)
+    return Read(gathered.sets, footprints, num_full, gathered.reading, gathered.encoder)
 
-    def read_texts(found: SampleSet) -> None:
-        if encoder is not None and found.texts is not None:
-            enter(found, *_encode(encoder, found.name, found.texts, show_progress))
 
-    for spec in specs:
-        if spec in stores:
-            enter(*_stored(config, spec, reading))
-        elif encoder is not None:
-            for found in _texts(spec, config.max_samples, encoder.chat):
-                read_texts(found)
-    for name in config.task_names:
-        if harness is not None:
-            prompts = harness.texts(name, config.max_samples)
-            source = f"lm-evaluation-harness: {', '.join(prompts.tasks)}"
-            read_texts(SampleSet(name, source, np.arange(len(prompts.texts)), prompts.texts))
-    return Read(tuple(sets), Footprints(bitmaps, reading.columns, row_ids), num_full, reading, encoder)
+def read_sets(config: EvalmapConfig, *, show_progress: bool = True) -> Read:
+    """Read every set of the settings: `gather_sets` and `encode_sets`."""
+    return encode_sets(config, gather_sets(config), show_progress=show_progress)
 
 
 def _encode(
@@ -216,43 +235,6 @@ def _encode(
             bar.update(parts[-1].num_tokens.size)
     bitmap = sp.vstack([part.bitmap for part in parts], format="csr")
     return bitmap, np.concatenate([part.num_tokens for part in parts]), sum(part.num_full for part in parts)
-
-
-def _texts(spec: SetSpec, max_samples: int | None, chat: ChatRenderer) -> list[SampleSet]:
-    """The sets of one dataset: one, or one for each value of a column."""
-    source = open_source(spec.place, split=spec.split, config=spec.config, revision=spec.revision)
-    conditions = [column for column, _ in spec.filters] + ([spec.by] if spec.by else [])
-    groups: dict[str, tuple[list[int], list[str]]] = {}
-    for index, row in source.rows(columns=[*text_columns(spec.text_column), *conditions]):
-        missing = next((column for column in conditions if column not in row), None)
-        if missing is not None:
-            raise DataError(
-                f"Row {index} of '{spec.place}' has no column `{missing}`, which `filter` or `by` names; it has "
-                f"{', '.join(f'`{key}`' for key in row)}."
-            )
-        if any(str(row[column]) != value for column, value in spec.filters):
-            continue
-        name = f"{spec.name}/{row[spec.by]}" if spec.by else spec.name
-        rows, texts = groups.setdefault(name, ([], []))
-        if len(groups) > _MOST_VALUES:
-            raise DataError(
-                f"Column `{spec.by}` of '{spec.place}' has more than {_MOST_VALUES} values, each of which would be a "
-                f"set. Name a column of few values by `--by`."
-            )
-        if max_samples is not None and len(rows) == max_samples:
-            if not spec.by:
-                break
-            continue
-        rows.append(index)
-        texts.append(text_of(row, text_column=spec.text_column, source_name=spec.place, index=index, chat=chat))
-    if not groups:
-        shown = " and ".join(f"`{column}={value}`" for column, value in spec.filters)
-        what = f"has {shown}" if shown else "is there"
-        raise DataError(f"No row of '{spec.place}' {what}, so `{spec.name}` is empty.")
-    where = spec.place if spec.split is None else f"{spec.place} ({spec.split})"
-    return [
-        SampleSet(name, where, np.array(rows, dtype=np.int64), texts) for name, (rows, texts) in sorted(groups.items())
-    ]
 
 
 class Reading(NamedTuple):
@@ -271,10 +253,10 @@ class Reading(NamedTuple):
     """Whether position 0 is left out."""
 
 
-def _reading(config: EvalmapConfig, encoder: Encoder | None, stores: Sequence[SetSpec]) -> Reading:
+def _reading(config: EvalmapConfig, encoder: Encoder | None, specs: Sequence[SetSpec]) -> Reading:
     if encoder is not None:
         return encoder.reading()
-    store = FeatureStore.open(Path(stores[0].place).expanduser())
+    store = FeatureStore.open(Path(specs[0].place).expanduser())
     return _store_reading(store, config.layer_list(store.layers) if config.layers else store.layers)
 
 
@@ -307,17 +289,12 @@ def open_store(place: str, wanted: Reading) -> FeatureStore:
     return store
 
 
-def _stored(config: EvalmapConfig, spec: SetSpec, reading: Reading) -> tuple[SampleSet, Any, NDArray[np.int64], int]:
-    if spec.filters or spec.by:
-        raise ConfigError(
-            f"`{spec.name}` is a feature store, which has no columns of the data: `filter` and `by` need the dataset."
-        )
-    store = open_store(spec.place, reading)
-    stop = store.num_rows if config.max_samples is None else min(store.num_rows, config.max_samples)
+def _stored(
+    config: EvalmapConfig, store: FeatureStore, reading: Reading, stop: int
+) -> tuple[Any, NDArray[np.int64], int]:
     num_tokens = store.token_counts(0, stop)
     full = int((num_tokens >= num_kept(store.manifest["settings"]["max_length"])).sum())
-    found = SampleSet(spec.name, f"store {spec.place}", np.arange(stop), None)
-    return found, stored_bitmap(store, reading, config.pool, 0, stop), num_tokens, full
+    return stored_bitmap(store, reading, config.pool, 0, stop), num_tokens, full
 
 
 def stored_bitmap(store: FeatureStore, reading: Reading, pool: str, start: int, stop: int) -> Any:
@@ -354,14 +331,16 @@ def train_blocks(
         encoder = read.encoder
         if encoder is None:
             raise ConfigError(f"`{name}` is to be encoded: give `model`, `saes` and `layers`, or a store of it.")
-        source = open_source(place, split=config.train_split, config=config.train_config)
-        rows = islice(source.rows(columns=text_columns(config.train_column)), config.train_rows)
+        rows = _train_texts(config, place, encoder.chat)
         first = 0
-        while block := list(islice(rows, _BLOCK)):
-            texts = [
-                text_of(row, text_column=config.train_column, source_name=place, index=index, chat=encoder.chat)
-                for index, row in block
-            ]
+        while texts := list(islice(rows, _BLOCK)):
             yield TrainBlock(first, encoder(texts).bitmap, texts)
             first += len(texts)
             bar.update(len(texts))
+
+
+def _train_texts(config: EvalmapConfig, place: str, chat: ChatRenderer) -> Iterator[str]:
+    source = open_source(place, split=config.train_split, config=config.train_config)
+    rows = islice(source.rows(columns=text_columns(config.train_column)), config.train_rows)
+    for index, row in rows:
+        yield text_of(row, text_column=config.train_column, source_name=place, index=index, chat=chat)

@@ -17,15 +17,20 @@ from qscope_trl.analysis.evalmap.rankings import (
     PairAgreement,
     Scores,
     SubsetAgreement,
-    bootstrap,
     kendall,
+    mean_taus,
+    model_weights,
     pair_agreement,
+    percentiles,
+    random_parts,
     rank_agreement,
+    resampled_taus,
     subset_agreement,
 )
 from qscope_trl.errors import ConfigError
 
 _RANDOM = 100
+_RESAMPLES = 200
 
 
 class SubsetRanking(NamedTuple):
@@ -37,8 +42,8 @@ class SubsetRanking(NamedTuple):
     greedy: Interval
     """Kendall tau of the greedy subset, with an interval over models drawn anew."""
 
-    random: float
-    """Mean Kendall tau of random subsets of that size."""
+    random: Interval
+    """Mean Kendall tau of random subsets of that size, with an interval over the same models."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +64,18 @@ class ScoreFigures:
     given: str | None
     partial_agreement: PairAgreement | None
     """The same with the scores of `given` taken out."""
+
+
+def check_given(given: str | None, scores: Scores) -> None:
+    """Refuse a set to take out that has no scores.
+
+    Raises:
+        ConfigError: If it has none.
+    """
+    if given is not None and given not in scores.by_set:
+        raise ConfigError(
+            f"`given` is {given!r}, of which there are no scores; there are of {', '.join(scores.by_set)}."
+        )
 
 
 def compare_scores(
@@ -83,14 +100,11 @@ def compare_scores(
     Raises:
         ConfigError: If `given` has no scores.
     """
-    if given is not None and given not in scores.by_set:
-        raise ConfigError(
-            f"`given` is {given!r}, of which there are no scores; there are of {', '.join(scores.by_set)}."
-        )
+    check_given(given, scores)
     by_name = {entry.name: entry for entry in found.sets}
     performance, rankings = {}, {}
     for name, by_sample in scores.by_sample.items():
-        performance[name] = subset_agreement(by_sample, seed=seed)
+        performance[name] = subset_agreement(by_sample, resamples=min(draws, _RESAMPLES), seed=seed)
         chosen = footprints.row_ids[name][by_name[name].chosen.samples]
         rankings[name] = tuple(
             _ranking(by_sample, chosen[: subset.size], draws, seed) for subset in by_name[name].subsets
@@ -113,10 +127,9 @@ def compare_scores(
 
 def _ranking(by_sample: Floats, chosen: NDArray[np.int64], draws: int, seed: int) -> SubsetRanking:
     whole, part = by_sample.mean(1), by_sample[:, chosen].mean(1)
-    generator = np.random.default_rng(seed)
-    taus = []
-    for _ in range(_RANDOM):
-        rows = generator.choice(by_sample.shape[1], chosen.size, replace=False)
-        taus.append(float(np.nan_to_num(kendall(whole, by_sample[:, rows].mean(1)))))
-    tau = bootstrap(lambda models: kendall(whole[models], part[models]), whole.size, draws=draws, seed=seed)
-    return SubsetRanking(int(chosen.size), tau, float(np.mean(taus)))
+    weights = model_weights(whole.size, draws, seed)
+    greedy = percentiles(kendall(whole, part), resampled_taus(whole, part[None], weights)[:, 0])
+    parts = random_parts(by_sample, chosen.size, _RANDOM, np.random.default_rng(seed))
+    value = float(np.nan_to_num(resampled_taus(whole, parts, np.ones((1, whole.size)))).mean())
+    anew = mean_taus(whole, parts, weights[:_RESAMPLES])
+    return SubsetRanking(int(chosen.size), greedy, percentiles(value, anew))

@@ -6,10 +6,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from qscope_trl.analysis.evalmap.near import NearSets
+from qscope_trl.analysis.evalmap.rankings import Interval
 from qscope_trl.monitor.html import figure
 
 if TYPE_CHECKING:
     from qscope_trl.analysis.evalmap.run import Mapped
+
+FEW_PAIRS = "fewer than three pairs of scored sets: no correlation"
+"""Said where a correlation over pairs of sets would say nothing."""
 
 _MOST_SETS = 12
 _MOST_LINES = 10
@@ -96,9 +100,8 @@ def _scores(result: Mapped) -> list[str]:
     for name, entry in scores.performance.items():
         last = scores.rankings[name][-1]
         lines.append(
-            f"{name}: R_perf {entry.performance_redundancy:.3f}; subset of {last.size}: tau "
-            f"{figure(last.greedy.value)} ({figure(last.greedy.low)} to {figure(last.greedy.high)}), random "
-            f"{figure(last.random)}"
+            f"{name}: R_perf {_interval(entry.interval)}; subset of {last.size}: tau {_interval(last.greedy)}, random "
+            f"{_interval(last.random)}"
         )
     shown = [
         ("Spearman of R and R_perf over sets", scores.redundancy_agreement),
@@ -107,5 +110,13 @@ def _scores(result: Mapped) -> list[str]:
     ]
     for title, interval in shown:
         if interval is not None:
-            lines.append(f"{title}: {figure(interval.value)} ({figure(interval.low)} to {figure(interval.high)})")
+            lines.append(f"{title}: {_interval(interval)}")
+    if scores.overlap_agreement is None:
+        lines.append(f"scores: {FEW_PAIRS}")
+    elif scores.given is not None and scores.partial_agreement is None:
+        lines.append(f"scores, given {scores.given}: {FEW_PAIRS}")
     return lines
+
+
+def _interval(found: Interval) -> str:
+    return f"{figure(found.value)} ({figure(found.low)} to {figure(found.high)})"
