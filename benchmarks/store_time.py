@@ -4,7 +4,7 @@ The bare model runs its decoder (no language-model head) over the same batches, 
 `qscope index` reads the rows, tokenises, runs the decoder, encodes with the SAE, sums up by document and writes shards
 to disk. Opening of model and SAE lies before the clock of both. Variants are interleaved; every round gives one ratio.
 
-    python benchmarks/store_time.py                    # about half an hour on two cores
+    python benchmarks/store_time.py                    # about 8 minutes on two cores
     python benchmarks/store_time.py --rows 16 --rounds 2
 """
 
