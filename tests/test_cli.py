@@ -293,6 +293,7 @@ def test_accelerate_launch_trains_one_model_with_two_processes(assets: Path, tmp
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_accelerate_launch_runs_the_shipped_grpo_configuration_with_two_processes(tmp_path: Path) -> None:
     out, _ = accelerate_launch(

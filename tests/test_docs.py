@@ -32,7 +32,14 @@ def blocks(path: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=pytest.mark.slow if path.name.startswith("dpo") else ())
+        for path in sorted((ROOT / "examples").glob("*.py"))
+    ],
+    ids=lambda p: p.name,
+)
 def test_examples_run_and_show_the_penalty(path: Path, tmp_path: Path) -> None:
     assert "penalty 0." in run(path.read_text(encoding="utf-8"), tmp_path)
 

@@ -20,7 +20,7 @@ for name in "${names[@]}"; do
   # What lies between runs the equality table; the oldest, which has the most differences, also whatever else joins a
   # trainer. Adapters, architectures and refusals are the same code on every version.
   tests=(equality equality_grpo)
-  [ "$name" != oldest ] || tests+=(equality_trainers attach callback masks grpo rewards rollouts scores checkpoints)
+  [ "$name" != oldest ] || tests+=(equality_trainers attach callback masks grpo rewards rollouts scores)
   paths=(tests/hooks)
   for test in "${tests[@]}"; do paths+=("tests/training/test_$test.py"); done
   "$work/$name/bin/python" -m pytest -q -n auto -p no:cacheprovider \
