@@ -36,7 +36,7 @@ class Client:
             budget=self.budget,
             concurrency=settings.pop("concurrency", 1),
             sleep=self.waited.append,
-            **{"timeout": 5.0, **settings},
+            **{"timeout": 60.0, **settings},
         )
 
     def ask(self, count: int = 1, **changes: Any) -> list[Outcome]:
@@ -158,11 +158,11 @@ def test_a_server_that_asks_for_hours_ends_the_run(make: Make) -> None:
 
 
 def test_no_answer_in_time_is_tried_again_and_counted_as_paid(make: Make) -> None:
-    client, stub = make(in_turn(Reply(delay=0.8)), timeout=0.5)
+    client, stub = make(in_turn(Reply(delay=2.5)), timeout=2.0)
     (outcome,) = client.ask()
     assert outcome.answer is not None
     assert len(stub.bodies) == 2
-    assert client.records("attempt")[0]["error"] == "no answer within 0.5 seconds"
+    assert client.records("attempt")[0]["error"] == "no answer within 2 seconds"
     assert client.budget.num_tokens == client.journal.num_tokens == 50 + 12
 
 
