@@ -215,17 +215,21 @@ class FeatureSet:
         return cls(features=tuple(Feature(layer=i.layer, index=i.index) for i in ids), **origin)
 
     @classmethod
-    def load(cls, source: FeatureSet | str | os.PathLike[str] | Sequence[str]) -> FeatureSet:
+    def load(cls, source: Features) -> FeatureSet:
         """Read a set from a YAML or JSON file, or take it as it is.
 
         Args:
-            source: A `FeatureSet`, a path ending in `.yaml`, `.yml` or `.json`, or a list of names like `L12F345`.
+            source: A `FeatureSet`, a path ending in `.yaml`, `.yml` or `.json`, a list of names like `L12F345`, or a
+                mapping from such names to weights.
 
         Raises:
             FeatureSetError: If the file is missing, unreadable, or has unknown or ill-typed entries.
         """
         if isinstance(source, FeatureSet):
             return source
+        if isinstance(source, Mapping):
+            ids = {FeatureId.parse(name): weight for name, weight in source.items()}
+            return cls(features=tuple(Feature(layer=i.layer, index=i.index, weight=w) for i, w in ids.items()))
         if not isinstance(source, str | os.PathLike):
             return cls.from_names(source)
         path = Path(source)
@@ -340,6 +344,10 @@ class FeatureSet:
                     f"('{self.sae}'): fingerprint {value}, expected {mine_value}. Its indices mean other features "
                     f"here."
                 )
+
+
+Features = FeatureSet | Mapping[str, float] | Sequence[str] | str | os.PathLike[str]
+"""What stands for a FeatureSet where features are asked for; `FeatureSet.load` reads it."""
 
 
 def _feature(entry: Any) -> Feature:

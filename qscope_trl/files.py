@@ -1,4 +1,4 @@
-"""Small files of text: written whole or not at all; YAML mappings, with an answer to what is wrong with one."""
+"""What several commands do with files: text written whole or not at all, outputs checked, locks, YAML mappings."""
 
 from __future__ import annotations
 
@@ -25,6 +25,37 @@ def write_whole(path: Path, text: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk, such as that of a file just renamed, where folders can be opened."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def try_lock(handle: int) -> bool | None:
+    """Lock an open file or folder for this process; the lock ends when it is closed, also by the process's end.
+
+    Returns:
+        True if it is held, False if another process holds it, None where there are no locks: on Windows, and on some
+        network file systems.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
 
 
 def check_output(setting: str, path: str | None, *, is_folder: bool = False) -> None:

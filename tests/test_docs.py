@@ -121,6 +121,19 @@ def test_commands_and_python_of_the_docs_run_in_order(
     found = re.findall(r"^```(bash|python)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     assert {language for language, _ in found} == {"bash", "python"}
     monkeypatch.chdir(tmp_path)
+    run_blocks(found, name)
+
+
+def test_the_readmes_commands_run_on_the_bundled_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8").split("## Each command, on the bundled model")[1]
+    block = re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE)[0]
+    assert {line.split()[1] for line in block.splitlines()} >= {"doctor", "find", "index", "rules", "steer", "evalmap"}
+    monkeypatch.chdir(tmp_path)
+    run_blocks([("bash", block)], "README.md")
+
+
+def run_blocks(found: list[tuple[str, str]], name: str) -> None:
+    """Python and `qscope` commands, one after the other, in this process."""
     variables: dict[str, Any] = {"__name__": "__main__"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -22,7 +22,8 @@ from qscope_trl.activations.encode import tokenize
 from qscope_trl.activations.identity import model_identity, sae_identity, tokenizer_checksum
 from qscope_trl.activations.layout import ShardFacts, shard_schema
 from qscope_trl.activations.opening import Opened, load_encoders, open_all
-from qscope_trl.activations.sources import ChatRenderer, RowSource, open_source, text_columns, text_of
+from qscope_trl.activations.row_sources import RowSource
+from qscope_trl.activations.sources import ChatRenderer, open_source, text_columns, text_of
 from qscope_trl.activations.tables import TableMaker
 from qscope_trl.activations.writing import begin, finish, only_writer, write_shard
 from qscope_trl.config.index import IndexConfig

@@ -10,7 +10,8 @@ from torch import nn
 
 from qscope_trl.bundled import model_path, sae_path
 from qscope_trl.config.encoding import EncodingConfig
-from qscope_trl.errors import ConfigError, ModelStructureError
+from qscope_trl.errors import AttachError, ConfigError, ModelStructureError
+from qscope_trl.features import FeatureSet
 from qscope_trl.hooks.layers import d_model, find_layers
 from qscope_trl.sae.suite import SAESuite
 from qscope_trl.sae.topk_sae import TopKSAE
@@ -85,18 +86,51 @@ def load_encoders(
     model: nn.Module, saes: SAESuite, layers: Sequence[int], *, decoder: bool = False
 ) -> dict[int, TopKSAE]:
     """The encoders of some layers, each on its layer's device; raises `ModelStructureError` if they do not fit."""
-    modules, width = find_layers(model), d_model(model)
+    modules = find_layers(model)
     for layer in layers:
         if layer >= len(modules):
             raise ModelStructureError(
                 f"No decoder layer {layer} in `{type(model).__name__}`: it has layers 0-{len(modules) - 1}. Choose "
                 f"`layers` within that range."
             )
-        if saes.spec(layer).d_model != width:
-            raise ModelStructureError(
-                f"The SAE of layer {layer} in '{saes.source}' reads residuals of width {saes.spec(layer).d_model}, "
-                f"but `{type(model).__name__}` has `hidden_size={width}`. Use the SAEs made for this model."
-            )
+        require_width(model, saes, layer)
     return {
         layer: saes.load(layer, device=next(modules[layer].parameters()).device, decoder=decoder) for layer in layers
     }
+
+
+def require_width(
+    model: nn.Module, saes: SAESuite, layer: int, error: type[AttachError | ModelStructureError] = ModelStructureError
+) -> None:
+    """Raise `error` if a layer's SAE reads residuals of another width than the model's."""
+    if saes.spec(layer).d_model != d_model(model):
+        raise error(
+            f"The SAE of layer {layer} in '{saes.source}' reads residuals of width {saes.spec(layer).d_model}, but "
+            f"`{type(model).__name__}` has `hidden_size={d_model(model)}`. Use the SAEs made for this model."
+        )
+
+
+def require_fit(
+    model: nn.Module | None,
+    saes: SAESuite,
+    chosen: FeatureSet,
+    error: type[AttachError | ModelStructureError] = ModelStructureError,
+) -> None:
+    """Refuse features that are not of these SAEs, and SAEs that are not of this model, where there is one.
+
+    Raises:
+        ModelStructureError: Or `error`: if an SAE reads residuals of another width.
+        FeatureSetError: If the set was made for other SAEs or another model, or an index is out of range.
+        CheckpointError: If an SAE cannot be read.
+    """
+    for layer in chosen.layers:
+        if model is not None:
+            require_width(model, saes, layer, error)
+        spec = saes.spec(layer)
+        chosen.check_fits(
+            d_model=spec.d_model,
+            num_layers=None if model is None else len(find_layers(model)),
+            d_sae=spec.d_sae,
+            sae=saes.source,
+            fingerprints={layer: saes.fingerprint(layer)} if layer in chosen.sae_fingerprints else None,
+        )

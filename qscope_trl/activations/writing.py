@@ -24,7 +24,7 @@ from qscope_trl.activations.layout import (
     shard_name,
 )
 from qscope_trl.errors import ConfigError, DataError
-from qscope_trl.files import write_whole
+from qscope_trl.files import sync_folder, try_lock, write_whole
 
 # What must be the same when a store is gone on with, but for the names of things whose content is compared.
 _COMPARED = ("model", "saes", "tokenizer", "dataset", "settings")
@@ -43,22 +43,13 @@ def only_writer(folder: Path) -> Iterator[None]:
         ConfigError: If another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:
+    if os.name != "posix":
         yield
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as err:
-            raise ConfigError(
-                f"Another run is writing to '{folder}'. Wait for it, or give another `--output`."
-            ) from err
-        except OSError:
-            # No locks here, as on some network file systems.
-            pass
+        if try_lock(handle) is False:
+            raise ConfigError(f"Another run is writing to '{folder}'. Wait for it, or give another `--output`.")
         yield
     finally:
         os.close(handle)
@@ -140,7 +131,7 @@ def write_shard(folder: Path, index: int, schema: Any, tables: Iterable[Any]) ->
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 def finish(folder: Path, manifest: Mapping[str, Any], num_rows: int) -> list[ShardFacts]:
@@ -200,7 +191,7 @@ def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     write_whole(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 def _shards(folder: Path, manifest: Mapping[str, Any]) -> dict[int, ShardFacts]:
@@ -238,14 +229,3 @@ def _parquet_writer(file: Any, schema: Any) -> Any:
         write_statistics=["row", *(leaf(name) for name in lists if name.endswith("_features"))],
         write_page_checksum=True,
     )
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring a rename to the disk, where folders can be opened."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -10,7 +10,8 @@ from typing import Any
 
 from qscope_trl.activations.encode import Positions, num_kept, tokenize
 from qscope_trl.activations.files import whole
-from qscope_trl.activations.sources import ChatRenderer, RowSource, open_source, text_columns, text_of
+from qscope_trl.activations.row_sources import RowSource
+from qscope_trl.activations.sources import ChatRenderer, open_source, text_columns, text_of
 from qscope_trl.bundled import data_path
 from qscope_trl.config.find import FindConfig
 from qscope_trl.errors import ConfigError, DataError

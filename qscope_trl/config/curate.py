@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from qscope_trl.config.encoding import EncodingConfig
-from qscope_trl.config.values import DTYPES, at_least, one_of
+from qscope_trl.config.values import at_least, one_of
 from qscope_trl.errors import ConfigError
 from qscope_trl.files import check_output
 
@@ -150,9 +150,7 @@ class CurateConfig(EncodingConfig):
         if self.layers:
             super().__post_init__()
         else:
-            one_of("dtype", self.dtype, DTYPES)
-            at_least("max_length", self.max_length, 2)
-            at_least("batch_size", self.batch_size, 1)
+            self._check_reading()
         check_output("output", self.output, is_folder=True)
         one_of("exclude_by", self.exclude_by, MEASURES)
         one_of("deduplicate_by", self.deduplicate_by, MEASURES)

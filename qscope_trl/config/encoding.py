@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from qscope_trl.config.values import DTYPES, at_least, layer_list, one_of
+from qscope_trl.errors import ConfigError
+from qscope_trl.features import FeatureSet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +35,31 @@ class EncodingConfig:
     model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the model."})
 
     def __post_init__(self) -> None:
+        self._check_reading()
+        if self.layers.strip() != "all":
+            layer_list(self.layers, ())
+
+    def _check_reading(self) -> None:
+        """What is checked also by commands that can do without layers."""
         one_of("dtype", self.dtype, DTYPES)
         at_least("max_length", self.max_length, 2)
         at_least("batch_size", self.batch_size, 1)
-        if self.layers.strip() != "all":
-            layer_list(self.layers, ())
 
     def layer_list(self, available: tuple[int, ...]) -> tuple[int, ...]:
         """The layers that `layers` names, ascending; `available` are those of `all`."""
         return layer_list(self.layers, available)
+
+    def of_layers(self, found: FeatureSet) -> FeatureSet:
+        """The features that are of the chosen layers.
+
+        Raises:
+            ConfigError: If there is none.
+        """
+        layers = self.layer_list(found.layers)
+        kept = [feature for feature in found.features if feature.layer in layers]
+        if not kept:
+            raise ConfigError(
+                f"`layers` is {self.layers!r}, and none of the features is of these layers: they are of "
+                f"{', '.join(map(str, found.layers))}. Name some of those, or `all`."
+            )
+        return found.with_features(kept)

@@ -137,9 +137,7 @@ class EvalmapConfig(EncodingConfig):
         if self.layers:
             super().__post_init__()
         else:
-            one_of("dtype", self.dtype, DTYPES)
-            at_least("max_length", self.max_length, 2)
-            at_least("batch_size", self.batch_size, 1)
+            self._check_reading()
         check_output("output", self.output, is_folder=True)
         one_of("pool", self.pool, POOLS)
         for name in ("max_samples", "subset", "ngram", "train_rows", "bootstrap"):

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from qscope_trl.activations.encode import residual_batches, tokenize
 from qscope_trl.errors import ConfigError, DataError, SteeringError
+from qscope_trl.features import Features
 from qscope_trl.sae.suite import SAESuite
 from qscope_trl.steering.span import PHASES, Span
-from qscope_trl.steering.steer import Features, Steering, steer
+from qscope_trl.steering.steer import Steering, steer
 
 _START = 0.02
 """First shift tried, as a share of the residual's norm."""

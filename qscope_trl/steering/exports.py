@@ -21,15 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from qscope_trl._version import __version__
+from qscope_trl.activations.opening import require_fit
 from qscope_trl.config.steer import EXPORTS
 from qscope_trl.errors import CheckpointError, ConfigError, ModelStructureError
-from qscope_trl.features import FeatureSet
+from qscope_trl.features import Features, FeatureSet
 from qscope_trl.files import write_whole
-from qscope_trl.hooks.layers import d_model, find_layers, text_config, unwrap
+from qscope_trl.hooks.layers import find_layers, text_config, unwrap
 from qscope_trl.sae.suite import SAESuite
 from qscope_trl.steering.direction import LayerDirection
 from qscope_trl.steering.span import PHASES, Positions
-from qscope_trl.steering.steer import Features, _feature_set
 
 FORMAT_VERSION = 1
 _FORMAT = "qscope_trl.steering_vectors"
@@ -132,7 +132,7 @@ def export(
             raise ConfigError(f"'{file}' is there already. Choose another name, or pass `overwrite=True`.")
     _refuse_inconstant(strength, mode, unit, phases, positions, gate)
     suite = SAESuite.from_pretrained(saes, revision=sae_revision, k=sae_k)
-    found = steering_vectors(suite, _feature_set(features), float(strength), model)
+    found = steering_vectors(suite, FeatureSet.load(features), float(strength), model)
     path.parent.mkdir(parents=True, exist_ok=True)
     writer(path, found, model)
     return path
@@ -142,21 +142,7 @@ def steering_vectors(
     suite: SAESuite, chosen: FeatureSet, strength: float, model: nn.Module | None = None
 ) -> SteeringVectors:
     """The vectors that `steer(..., mode="add")` adds. Errors as `export`."""
-    num_layers = chosen.num_layers if model is None else len(find_layers(model))
-    for layer in chosen.layers:
-        spec = suite.spec(layer)
-        if model is not None and spec.d_model != d_model(model):
-            raise ModelStructureError(
-                f"The SAE of layer {layer} in '{suite.source}' has directions of width {spec.d_model}, but "
-                f"`{type(model).__name__}` has `hidden_size={d_model(model)}`. Use the SAEs made for this model."
-            )
-        chosen.check_fits(
-            d_model=spec.d_model,
-            num_layers=num_layers,
-            d_sae=spec.d_sae,
-            sae=suite.source,
-            fingerprints={layer: suite.fingerprint(layer)} if layer in chosen.sae_fingerprints else None,
-        )
+    require_fit(model, suite, chosen)
     directions = {
         layer: LayerDirection.open(suite, layer, chosen.for_layer(layer), "add", "raw") for layer in chosen.layers
     }
@@ -168,7 +154,7 @@ def steering_vectors(
         sae_revision=suite.revision,
         sae_fingerprints={layer: suite.fingerprint(layer) for layer in chosen.layers},
         model=(None if model is None else _name_of(model)) or chosen.model,
-        num_layers=num_layers,
+        num_layers=chosen.num_layers if model is None else len(find_layers(model)),
     )
 
 

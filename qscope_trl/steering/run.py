@@ -246,14 +246,7 @@ def _features(config: SteerConfig) -> FeatureSet:
         found = FeatureSet.load(config.features[0])
     else:
         found = FeatureSet.from_names([name.strip() for part in config.features for name in part.split(",")])
-    layers = config.layer_list(found.layers)
-    kept = [feature for feature in found.features if feature.layer in layers]
-    if not kept:
-        raise ConfigError(
-            f"`layers` is {config.layers!r}, and none of the features is of these layers: they are of "
-            f"{', '.join(map(str, found.layers))}."
-        )
-    return found.with_features(kept)
+    return config.of_layers(found)
 
 
 def _prompts(config: SteerConfig) -> list[str]:

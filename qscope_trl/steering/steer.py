@@ -13,17 +13,15 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
+from qscope_trl.activations.opening import require_fit
 from qscope_trl.errors import ConfigError, ModelStructureError, QScopeWarning, SteeringError
-from qscope_trl.features import Feature, FeatureId, FeatureSet
+from qscope_trl.features import Features, FeatureSet
 from qscope_trl.hooks.edit import Edit, Forward, ResidualEdits
-from qscope_trl.hooks.layers import d_model, find_layers
 from qscope_trl.rules import Rule
 from qscope_trl.sae.suite import SAESuite
 from qscope_trl.steering.direction import MODES, UNITS, LayerDirection
 from qscope_trl.steering.gate import Gate
 from qscope_trl.steering.span import PHASES, Positions, Span
-
-Features = FeatureSet | Mapping[str, float] | Sequence[str] | str | os.PathLike[str]
 
 
 class Steering:
@@ -275,10 +273,10 @@ def steer(
         raise ConfigError(f"`unit` is {unit!r}; choose one of {', '.join(UNITS)}.")
     if unit == "norm" and mode != "add":
         raise ConfigError(f"`unit='norm'` is for `mode='add'`; with `{mode}` the strength is of the activations.")
-    chosen = _feature_set(features)
+    chosen = FeatureSet.load(features)
     whole = SAESuite.from_pretrained(saes, revision=sae_revision, k=sae_k)
     suite = SAESuite.from_pretrained(whole, layers=chosen.layers)
-    _check_fits(model, suite, chosen)
+    require_fit(model, suite, chosen)
     directions = {
         layer: LayerDirection.open(suite, layer, chosen.for_layer(layer), mode, unit) for layer in chosen.layers
     }
@@ -289,28 +287,6 @@ def steer(
         span=Span(phases, positions),
         gate=None if gate is None else Gate(gate, whole, min(chosen.layers), gate_reads),
     )
-
-
-def _feature_set(features: Features) -> FeatureSet:
-    if not isinstance(features, Mapping):
-        return FeatureSet.load(features)
-    ids = {FeatureId.parse(name): weight for name, weight in features.items()}
-    return FeatureSet(features=tuple(Feature(layer=i.layer, index=i.index, weight=w) for i, w in ids.items()))
-
-
-def _check_fits(model: nn.Module, suite: SAESuite, chosen: FeatureSet) -> None:
-    width, num_layers = d_model(model), len(find_layers(model))
-    for layer in chosen.layers:
-        spec = suite.spec(layer)
-        if spec.d_model != width:
-            raise ModelStructureError(
-                f"The SAE of layer {layer} in '{suite.source}' has directions of width {spec.d_model}, but "
-                f"`{type(model).__name__}` has `hidden_size={width}`. Use the SAEs made for this model."
-            )
-        fingerprints = {layer: suite.fingerprint(layer)} if layer in chosen.sae_fingerprints else None
-        chosen.check_fits(
-            d_model=width, num_layers=num_layers, d_sae=spec.d_sae, sae=suite.source, fingerprints=fingerprints
-        )
 
 
 def _strengths(strength: float | Sequence[float] | Tensor) -> Tensor | float:

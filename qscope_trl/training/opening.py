@@ -9,9 +9,9 @@ import torch
 from accelerate.state import PartialState
 from torch import nn
 
+from qscope_trl.activations.opening import require_fit
 from qscope_trl.errors import AttachError, CheckpointError
 from qscope_trl.features import FeatureSet
-from qscope_trl.hooks.layers import d_model, find_layers
 from qscope_trl.sae.suite import SAESuite
 from qscope_trl.training.penalty import LayerFeatures, open_layer
 
@@ -82,18 +82,5 @@ def open_features(
         FeatureSetError: If the features belong to another model or SAE.
         CheckpointError: If the SAEs cannot be read.
     """
-    width, num_layers = d_model(model), len(find_layers(model))
-    opened: dict[int, LayerFeatures] = {}
-    for layer in chosen.layers:
-        spec = suite.spec(layer)
-        if spec.d_model != width:
-            raise AttachError(
-                f"The SAE of layer {layer} in '{suite.source}' reads residuals of width {spec.d_model}, but "
-                f"`{type(model).__name__}` has `hidden_size={width}`. Use the SAEs made for this model."
-            )
-        fingerprints = {layer: suite.fingerprint(layer)} if layer in chosen.sae_fingerprints else None
-        chosen.check_fits(
-            d_model=width, num_layers=num_layers, d_sae=spec.d_sae, sae=suite.source, fingerprints=fingerprints
-        )
-        opened[layer] = open_layer(suite, layer, chosen.for_layer(layer), groups, kind)
-    return opened
+    require_fit(model, suite, chosen, AttachError)
+    return {layer: open_layer(suite, layer, chosen.for_layer(layer), groups, kind) for layer in chosen.layers}

@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -20,15 +19,15 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from qscope_trl.activations.opening import require_fit
 from qscope_trl.errors import AttachError, ConfigError, SteeringError
-from qscope_trl.features import Feature, FeatureId, FeatureSet
-from qscope_trl.hooks.layers import d_model, find_decoder, find_layers
+from qscope_trl.features import Features, FeatureSet
+from qscope_trl.hooks.layers import find_decoder, find_layers
 from qscope_trl.sae.suite import SAESuite
 from qscope_trl.training.opening import on_every_process
 from qscope_trl.training.stack import calling_trainer
 
 _SCOPE = "_qscope_step_scope"
-Features = FeatureSet | Mapping[str, float] | Sequence[str] | str | os.PathLike[str]
 
 
 class TrainingEdit(TrainerCallback):  # type: ignore[misc]
@@ -52,7 +51,7 @@ class TrainingEdit(TrainerCallback):  # type: ignore[misc]
         sae_revision: str | None = None,
         sae_k: int | None = None,
     ) -> None:
-        self.features = _feature_set(features)
+        self.features = FeatureSet.load(features)
         self._source = (saes, sae_revision, sae_k)
         self._constants: dict[int, Tensor] = {}
         self._trainer: Any = None
@@ -131,21 +130,10 @@ class TrainingEdit(TrainerCallback):  # type: ignore[misc]
     def _open(self, model: nn.Module) -> dict[int, Tensor]:
         saes, revision, k = self._source
         suite = SAESuite.from_pretrained(saes, layers=self.features.layers, revision=revision, k=k)
+        require_fit(model, suite, self.features, AttachError)
         found = {}
         for layer in self.features.layers:
-            spec, chosen = suite.spec(layer), self.features.for_layer(layer)
-            if spec.d_model != d_model(model):
-                raise AttachError(
-                    f"The SAE of layer {layer} in '{suite.source}' has directions of width {spec.d_model}, but "
-                    f"`{type(model).__name__}` has `hidden_size={d_model(model)}`. Use the SAEs made for this model."
-                )
-            self.features.check_fits(
-                d_model=spec.d_model,
-                num_layers=len(find_layers(model)),
-                d_sae=spec.d_sae,
-                sae=suite.source,
-                fingerprints={layer: suite.fingerprint(layer)} if layer in self.features.sae_fingerprints else None,
-            )
+            chosen = self.features.for_layer(layer)
             columns_DS = suite.decoder_columns(layer, [feature.index for feature in chosen])
             weights_S = torch.tensor([feature.weight for feature in chosen], dtype=torch.float32)
             found[layer] = self.constant(columns_DS, weights_S, layer)
@@ -360,10 +348,3 @@ class ConceptAblation(TrainingEdit):
 
 def _names(chosen: FeatureSet, layer: int) -> str:
     return ", ".join(str(feature.id) for feature in chosen.for_layer(layer))
-
-
-def _feature_set(features: Features) -> FeatureSet:
-    if not isinstance(features, Mapping):
-        return FeatureSet.load(features)
-    ids = {FeatureId.parse(name): weight for name, weight in features.items()}
-    return FeatureSet(features=tuple(Feature(layer=i.layer, index=i.index, weight=w) for i, w in ids.items()))

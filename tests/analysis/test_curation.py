@@ -15,7 +15,6 @@ from tests.analysis.curation_setting import (
     Setting,
     curate,
     kept_rows,
-    make_setting,
     make_store,
     plain_jaccard,
     plain_set,
@@ -23,11 +22,6 @@ from tests.analysis.curation_setting import (
     removed,
     write_lines,
 )
-
-
-@pytest.fixture(scope="module")
-def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    return make_setting(tmp_path_factory.mktemp("curation"))
 
 
 @pytest.fixture(scope="module")

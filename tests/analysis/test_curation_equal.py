@@ -20,18 +20,12 @@ from tests.analysis.curation_setting import (
     Setting,
     curate,
     kept_rows,
-    make_setting,
     make_store,
     plain_jaccard,
     removed,
     write_lines,
 )
 from tests.tiny import sentence
-
-
-@pytest.fixture(scope="module")
-def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    return make_setting(tmp_path_factory.mktemp("curation"))
 
 
 def doubled(count: int) -> list[str]:

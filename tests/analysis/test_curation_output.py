@@ -23,18 +23,12 @@ from tests.analysis.curation_setting import (
     Setting,
     curate,
     kept_rows,
-    make_setting,
     removed,
     write_lines,
 )
 from tests.tiny import K
 
 ROOT = Path(__file__).parent.parent.parent
-
-
-@pytest.fixture(scope="module")
-def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    return make_setting(tmp_path_factory.mktemp("curation"))
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,8 @@ from qscope_trl.analysis.curation.sets import sparse
 from qscope_trl.analysis.curation.stored import stored_sets
 from qscope_trl.config.curate import CurateConfig
 from qscope_trl.errors import CheckpointError, ConfigError, DataError, QScopeError, RuleError
-from tests.analysis.curation_setting import Setting, make_setting, make_store, write_lines
+from tests.analysis.curation_setting import Setting, make_store, write_lines
 from tests.tiny import K, write_saes
-
-
-@pytest.fixture(scope="module")
-def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    return make_setting(tmp_path_factory.mktemp("refusals"))
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,7 @@ import torch
 from qscope_trl.steering.steer import steer
 from tests.hooks.test_architectures import ARCHITECTURES, build
 from tests.steering.test_steer import FEATURES, batch, by_hand, columns, generate, span
-from tests.tiny import K, write_saes
-
-
-@pytest.fixture(scope="module")
-def saes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_saes(tmp_path_factory.mktemp("saes"))
+from tests.tiny import K
 
 
 @pytest.mark.parametrize("phases", [("prompt",), ("generation",)], ids="+".join)

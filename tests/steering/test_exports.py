@@ -211,7 +211,7 @@ def test_what_is_no_constant_vector_is_refused(
 
 def test_a_model_that_does_not_fit_is_refused(saes: Path, tmp_path: Path) -> None:
     path = tmp_path / "v.safetensors"
-    with pytest.raises(ModelStructureError, match=r"directions of width 32, but `Qwen3ForCausalLM` has `hidden"):
+    with pytest.raises(ModelStructureError, match=r"reads residuals of width 32, but `Qwen3ForCausalLM` has `hidden"):
         export(path, "safetensors", saes, FEATURES, model=tiny_model(hidden_size=16))
     with pytest.raises(FeatureSetError, match=r"L3F40 is out of range: the model has 2 decoder layers"):
         export(path, "safetensors", saes, FEATURES, model=tiny_model(num_hidden_layers=2))

@@ -14,7 +14,7 @@ from qscope_trl.errors import QScopeWarning, RuleError, SteeringError
 from qscope_trl.rules import TokenValues, compile_rule
 from qscope_trl.steering.steer import steer
 from tests.steering.test_steer import FEATURES, batch, by_hand, columns, dense_acts, generate
-from tests.tiny import K, tiny_model, write_saes
+from tests.tiny import K
 
 # At layers 0 and 1, none above the first steered one; some hold from the first token on, some later, some never.
 RULES = (
@@ -23,18 +23,6 @@ RULES = (
     "any(last(L0: 5, 17, 50, 60, 70), last(L1: 7, 9, 20, 30))",
     "atleast(2, L0: 5, 17, 50, 60, 70; L1: 7, 9, 20 > 0.1) and not max(L1F60) > 0.5",
 )
-
-
-@pytest.fixture(scope="module")
-def saes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_saes(tmp_path_factory.mktemp("saes"))
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    model = tiny_model().eval()
-    model.generation_config.eos_token_id = None
-    return model
 
 
 @pytest.fixture(scope="module")

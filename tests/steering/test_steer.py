@@ -24,18 +24,6 @@ MANY = {f"L{layer}F{index}": 1.0 - index / 200 for layer in (1, 2) for index in 
 
 
 @pytest.fixture(scope="module")
-def saes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_saes(tmp_path_factory.mktemp("saes"))
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    model = tiny_model().eval()
-    model.generation_config.eos_token_id = None
-    return model
-
-
-@pytest.fixture(scope="module")
 def texts() -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(2, 90, (length,), generator=generator) for length in LENGTHS]
@@ -353,7 +341,7 @@ def test_settings_that_do_not_fit_are_refused(
 def test_saes_of_another_width_are_refused(model: Any, tmp_path: Path) -> None:
     suite = SAESuite.from_pretrained(write_saes(tmp_path, [1], d_model=16), k=K)
     with pytest.raises(
-        ModelStructureError, match=r"directions of width 16, but `Qwen3ForCausalLM` has `hidden_size=32`"
+        ModelStructureError, match=r"reads residuals of width 16, but `Qwen3ForCausalLM` has `hidden_size=32`"
     ):
         steer(model, suite, ["L1F3"])
 

@@ -381,7 +381,7 @@ def test_features_that_do_not_fit_are_refused(
 
 def test_saes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     narrow = write_saes(tmp_path / "narrow", [1], d_model=16)
-    with pytest.raises(AttachError, match=r"directions of width 16, but `Qwen3ForCausalLM` has `hidden_size=32`"):
+    with pytest.raises(AttachError, match=r"reads residuals of width 16, but `Qwen3ForCausalLM` has `hidden_size=32`"):
         plain_trainer(Trainer, tmp_path, ConceptAblation(["L1F3"], narrow))
     zero = random_sae(1)
     zero["W_dec"][:, 3] = 0

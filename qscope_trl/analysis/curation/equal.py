@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from qscope_trl.activations.sources import RowSource, text_of
+from qscope_trl.activations.row_sources import RowSource
+from qscope_trl.activations.sources import text_of
 from qscope_trl.analysis.curation.leaders import Duplicates
 from qscope_trl.analysis.curation.references import NearReference
 from qscope_trl.analysis.curation.sets import IntArray

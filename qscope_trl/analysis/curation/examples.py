@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qscope_trl.activations.feature_table import FeatureTable, TableEncoder
-from qscope_trl.activations.sources import ChatRenderer, RowSource, open_source, text_of
+from qscope_trl.activations.row_sources import RowSource
+from qscope_trl.activations.sources import ChatRenderer, open_source, text_of
 from qscope_trl.analysis.curation.features import ModelReader
 from qscope_trl.analysis.curation.rows import RowFacts
 from qscope_trl.analysis.curation.steps import Decision, Removal

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from qscope_trl._version import __version__
-from qscope_trl.activations.sources import RowSource
+from qscope_trl.activations.row_sources import RowSource
 from qscope_trl.analysis.curation.choosing import value_name
 from qscope_trl.analysis.curation.examples import Example, feature_names
 from qscope_trl.analysis.curation.features import Features, ModelReader

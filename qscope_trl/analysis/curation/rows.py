@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from qscope_trl.activations.sources import RowSource
+from qscope_trl.activations.row_sources import RowSource
 from qscope_trl.analysis.curation.choosing import Keys, content_key, value_name
 from qscope_trl.analysis.curation.equal import TextKeys, text_key, text_keys
 from qscope_trl.errors import ConfigError, DataError

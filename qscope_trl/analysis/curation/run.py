@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, cast
 
 from tqdm.auto import tqdm
 
-from qscope_trl.activations.sources import RowSource, open_source, text_of
+from qscope_trl.activations.row_sources import RowSource
+from qscope_trl.activations.sources import open_source, text_of
 from qscope_trl.analysis.curation.equal import TextKeys, source_keys
 from qscope_trl.analysis.curation.examples import collect_examples
 from qscope_trl.analysis.curation.features import Block, Features, ModelReader, Needs, join_blocks

@@ -10,7 +10,7 @@ import numpy as np
 
 from qscope_trl.activations.feature_table import FeatureTable
 from qscope_trl.activations.layout import MANIFEST
-from qscope_trl.activations.sources import RowSource
+from qscope_trl.activations.row_sources import RowSource
 from qscope_trl.activations.store import FeatureStore
 from qscope_trl.activations.store_checks import (
     model_reading,

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from qscope_trl.activations.feature_table import FeatureTable
-from qscope_trl.activations.sources import RowSource
+from qscope_trl.activations.row_sources import RowSource
 from qscope_trl.analysis.curation.choosing import content_key
 from qscope_trl.analysis.curation.rows import RowFacts
 from qscope_trl.analysis.curation.steps import Decision
 from qscope_trl.bundled import data_path
 from qscope_trl.config.curate import CurateConfig
 from qscope_trl.errors import ConfigError, DataError
+from qscope_trl.files import try_lock
 
 _BATCH = 4096
 
@@ -74,20 +75,12 @@ def output_folder(output: Path) -> Iterator[Path]:
 @contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
     """Hold a lock on a folder, which ends with the process however it ends; whether it is held."""
-    try:
-        import fcntl
-    except ImportError:
+    if os.name != "posix":
         yield False
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            # Another process holds it, or there are no locks here, as on some network file systems.
-            yield False
-        else:
-            yield True
+        yield try_lock(handle) is True
     finally:
         os.close(handle)
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from qscope_trl.activations.chat import chat_renderer
 from qscope_trl.activations.opening import open_all
-from qscope_trl.activations.sources import RowSource, open_source, text_of
+from qscope_trl.activations.row_sources import RowSource
+from qscope_trl.activations.sources import open_source, text_of
 from qscope_trl.analysis.doctor.diagnosis import diagnose
 from qscope_trl.analysis.doctor.report import format_text, write_html, write_json
 from qscope_trl.analysis.doctor.result import Diagnosis

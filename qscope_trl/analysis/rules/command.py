@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qscope_trl.config.rules import RulesCheckConfig, RulesEvaluateConfig, RulesExplainConfig, RulesLearnConfig
 from qscope_trl.errors import ConfigError
@@ -98,25 +98,25 @@ def _explain(config: RulesExplainConfig) -> str:
 
 def _learn(config: RulesLearnConfig) -> str:
     from qscope_trl.analysis.rules import learn_run
-    from qscope_trl.analysis.rules.report import write_comparison
 
     result = learn_run.run(config)
     shown = format_learned(result, config.metric) + f"Rule written to {config.output}\n"
-    if config.json:
-        write_json(config.json, result, config.metric)
-        shown += f"Figures written to {config.json}\n"
-    if config.report:
-        write_comparison(config.report, result, config.metric)
-        shown += f"Report written to {config.report}\n"
-    return shown
+    return shown + _written(config, result)
 
 
 def _evaluate(config: RulesEvaluateConfig) -> str:
     from qscope_trl.analysis.rules import evaluate_run
-    from qscope_trl.analysis.rules.report import write_comparison
 
     result = evaluate_run.run(config)
     shown = f"{result.rule}\n\n" + format_entries(result.entries) + _notes(result.notes)
+    return shown + _written(config, result)
+
+
+def _written(config: RulesLearnConfig | RulesEvaluateConfig, result: Any) -> str:
+    """Write figures and report where they were asked for, and say so."""
+    from qscope_trl.analysis.rules.report import write_comparison
+
+    shown = ""
     if config.json:
         write_json(config.json, result, config.metric)
         shown += f"Figures written to {config.json}\n"

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qscope_trl.activations.chat import model_chat_renderer
-from qscope_trl.activations.sources import RowSource, open_source, text_of
+from qscope_trl.activations.row_sources import RowSource
+from qscope_trl.activations.sources import open_source, text_of
 from qscope_trl.config.rules import LabelledConfig
 from qscope_trl.errors import DataError
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from qscope_trl.activations.active import document_features
 from qscope_trl.activations.chat import chat_renderer
 from qscope_trl.activations.encode import num_kept, residual_batches, tokenize
-from qscope_trl.activations.sources import ChatRenderer, RowSource, text_columns, text_of
+from qscope_trl.activations.row_sources import RowSource
+from qscope_trl.activations.sources import ChatRenderer, text_columns, text_of
 from qscope_trl.activations.store import FeatureStore
 from qscope_trl.analysis.synthesis.reading import FeatureReader
 from qscope_trl.errors import DataError

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qscope_trl.errors import ConfigError, DataError
+from qscope_trl.files import sync_folder, try_lock
 
 VERSION = 1
 
@@ -172,7 +173,7 @@ class Journal:
         self._open_asks.clear()
         if not whole:
             self._append([{"record": "start", "version": VERSION, "settings": dict(settings)}])
-            _sync_folder(self.path.parent)
+            sync_folder(self.path.parent)
 
     def _check_start(self, record: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         if record.get("record") != "start" or record.get("version") != VERSION:
@@ -220,26 +221,7 @@ def _and_others(differing: Sequence[str]) -> str:
     return f"; {', '.join(f'`{name}`' for name in differing[1:])} too" if len(differing) > 1 else ""
 
 
-def _sync_folder(folder: Path) -> None:
-    """Have the folder's entry of a new file on the disk, where the system can."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _lock_file(file: FileIO, path: Path) -> None:
-    """Lock a file for this process until it is closed; systems without `flock` go without."""
-    try:
-        import fcntl
-    except ImportError:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as err:
-        raise ConfigError(
-            f"Another process works on '{path.parent}'. Wait for it, or choose another `--output`."
-        ) from err
+    """Lock a file for this process until it is closed; systems without locks go without."""
+    if try_lock(file.fileno()) is False:
+        raise ConfigError(f"Another process works on '{path.parent}'. Wait for it, or choose another `--output`.")

@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from qscope_trl.activations.sources import RowSource, text_of
+from qscope_trl.activations.row_sources import RowSource
+from qscope_trl.activations.sources import text_of
 from qscope_trl.analysis.synthesis.coverage import Example
 from qscope_trl.errors import ConfigError, DataError
 from qscope_trl.features import FeatureId

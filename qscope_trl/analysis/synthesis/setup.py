@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from qscope_trl.activations.opening import Opened
-from qscope_trl.activations.sources import RowSource, open_source
+from qscope_trl.activations.row_sources import RowSource
+from qscope_trl.activations.sources import open_source
 from qscope_trl.activations.store import FeatureStore
 from qscope_trl.activations.store_checks import (
     model_reading,
@@ -124,15 +125,7 @@ def chosen_features(config: SynthesizeConfig) -> FeatureSet:
         ConfigError: If there is none.
         FeatureSetError: If the file is missing or malformed.
     """
-    features = FeatureSet.load(config.features)
-    layers = config.layer_list(features.layers)
-    chosen = [feature for feature in features.features if feature.layer in layers]
-    if not chosen:
-        raise ConfigError(
-            f"'{config.features}' has no feature of the layers {config.layers}; it has some of "
-            f"{', '.join(map(str, features.layers))}."
-        )
-    return features.with_features(chosen)
+    return config.of_layers(FeatureSet.load(config.features))
 
 
 def check_store(
