@@ -251,7 +251,9 @@ def test_output_that_holds_something_is_refused(world: World, undisturbed: Synth
         run(world.config(tmp_path, resume=True), show_progress=False)
     with pytest.raises(ConfigError, match=r"note\.txt', which is a file; it is a folder to make"):
         run(world.config(tmp_path / "note.txt"), show_progress=False)
-    with pytest.raises(ConfigError, match=r"`layers` is .3., and none of the features is of these layers: they are of 1, 2"):
+    with pytest.raises(
+        ConfigError, match=r"`layers` is .3., and none of the features is of these layers: they are of 1, 2"
+    ):
         run(world.config(tmp_path / "out", layers="3"), show_progress=False)
     assert [file.name for file in tmp_path.iterdir()] == ["note.txt"]
 
