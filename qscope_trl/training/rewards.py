@@ -220,10 +220,7 @@ class FeatureReward(FeatureReader):
                 sums[3] += int(keep.sum())
                 sums[4 : 4 + num] += row.values_CS[keep].sum(0).cpu()
                 sums[4 + num :] += row.active_CS[keep].sum(0).cpu()
-        accelerator = getattr(getattr(log_metric, "__self__", None), "accelerator", None)
-        if accelerator is not None and accelerator.num_processes > 1:
-            sums = accelerator.reduce(sums.float().to(accelerator.device), reduction="sum").cpu()
-        total, scored, count, tokens, *features = sums.tolist()
+        total, scored, count, tokens, *features = over_processes(sums, log_metric).tolist()
         log_metric(f"sae/{self.name}/unscored", 1 - scored / max(1.0, count))
         if scored:
             log_metric(f"sae/{self.name}/score", total / scored)
@@ -232,6 +229,15 @@ class FeatureReward(FeatureReader):
             for place, feature in enumerate(self.features.ids):
                 log_metric(f"sae/{self.name}/{feature}/{mean}", features[place] / tokens)
                 log_metric(f"sae/{self.name}/{feature}/firing_rate", features[num + place] / tokens)
+
+
+def over_processes(sums: Tensor, log_metric: Callable[[str, float], None]) -> Tensor:
+    """Sums over the processes of the trainer whose `log_metric` this is; every process must call this."""
+    accelerator = getattr(getattr(log_metric, "__self__", None), "accelerator", None)
+    if accelerator is None or accelerator.num_processes == 1:
+        return sums
+    reduced: Tensor = accelerator.reduce(sums.float().to(accelerator.device), reduction="sum").cpu()
+    return reduced
 
 
 def fired_tokens(activations: RolloutActivations | None) -> str:

@@ -17,7 +17,7 @@ from qscope_trl.rules import Rule, TokenValues, load_rule
 from qscope_trl.rules.explain import OneDocument
 from qscope_trl.sae.suite import SAESuite
 from qscope_trl.training.generations import RolloutActivations
-from qscope_trl.training.rewards import FeatureReward
+from qscope_trl.training.rewards import FeatureReward, over_processes
 
 VALUES = ("holds", "margin")
 """What a rule makes of a rollout: 1 or 0, or `Rule.score`."""
@@ -129,10 +129,6 @@ class RuleReward(FeatureReward):
     ) -> None:
         super()._log(rows, scores, log_metric)
         held = [value for value in map(self.holds, rows) if value is not None]
-        sums = torch.tensor([float(sum(held)), float(len(held))])
-        accelerator = getattr(getattr(log_metric, "__self__", None), "accelerator", None)
-        if accelerator is not None and accelerator.num_processes > 1:
-            sums = accelerator.reduce(sums.to(accelerator.device), reduction="sum").cpu()
-        share, count = sums.tolist()
+        share, count = over_processes(torch.tensor([float(sum(held)), float(len(held))]), log_metric).tolist()
         if count:
             log_metric(f"sae/rule/{self.name}", share / count)
