@@ -69,9 +69,8 @@ def read_scores(path: str | os.PathLike[str], sizes: Mapping[str, int]) -> Score
         )
     models = tuple(row[0] for row in body)
     if len(set(models)) < len(models):
-        raise DataError(
-            f"'{name}' names a model twice: {', '.join(sorted({m for m in models if models.count(m) > 1}))}."
-        )
+        twice = sorted({model for model in models if models.count(model) > 1})
+        raise DataError(f"'{name}' names a model twice: {', '.join(twice)}. Give each model one row.")
     values = _numbers(name, header, body)
     by_set: dict[str, Floats] = {}
     by_sample: dict[str, Floats] = {}
