@@ -1,0 +1,147 @@
+"""What a run leaves for its report: small files in `OUTPUT_DIR/sae_record`, written while it trains.
+
+Training writes them, `qscope audit` adds one, `qscope report` and the model card read them. One file a subject:
+
+| file | rows or keys |
+|---|---|
+| `run.json` | what is trained on and how: `model`, `trainer`, `sae`, `penalty`, `features`, `monitors`, `rewards`, `policy`, `uses`, `arguments`, `versions`, `hardware`, `started`, `num_processes` |
+| `log.jsonl` | every log event of the trainer, as it came |
+| `drift.jsonl` | `layers` (per layer `fvu`, `l0`, `dead_rate`, `jaccard`, `activation_cosine`, `residual_cosine`), `kl`, `crossed`, `action`, `seconds` |
+| `histograms.jsonl` | per feature: `feature`, `kind` (`penalised` or `monitor`), `edges`, `counts`, `num_tokens` |
+| `texts.jsonl` | fixed texts: `index`, `tokens`, `values` (feature to a value per token, null where not read) |
+| `samples.jsonl` | generations from fixed prompts: `index`, `prompt`, `text`, `tokens`, `values`, `is_shown` (the text detector's verdict, or null), `detector` |
+| `rollouts.jsonl` | GRPO: `prompt`, `tokens`, `values`, `score`, `advantage`, `policy`, `rewards` |
+| `alarms.jsonl` | `kind`, `message` |
+| `overhead.jsonl` | `steps`, `step_seconds` (their sum), `parts` (name to seconds) since the row before |
+| `end.json` | `step`, `seconds`, `finished`, `metrics` |
+| `audit.json` | what `qscope audit` found |
+
+Every row has a `step`. JSON is as Python writes it, with `NaN` and `Infinity`. Left out: the weights, and anything that
+needs more than one process: one writes.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qscope_trl.errors import DataError, QScopeWarning
+from qscope_trl.files import write_whole
+
+RECORD_FOLDER = "sae_record"
+"""Folder in a run's `output_dir`."""
+
+PREVIOUS_FOLDER = "sae_record_previous"
+"""What an earlier run in the same `output_dir` left."""
+
+FORMAT_VERSION = 1
+
+
+class RunRecord:
+    """The record of one run.
+
+    Training never fails for it: if the disk refuses, one warning says so and nothing more is recorded.
+
+    Args:
+        output_dir: The run's folder.
+        writes: Whether this process writes; False on all but the main one, where every call does nothing.
+    """
+
+    def __init__(self, output_dir: str | os.PathLike[str], *, writes: bool = True) -> None:
+        self.folder = Path(output_dir) / RECORD_FOLDER
+        self.writes = writes
+
+    def begin(self, step: int) -> None:
+        """Start, or go on from `step`: rows of later steps, which a killed run left, are dropped.
+
+        At step 0 an earlier run's record is moved to `sae_record_previous`, in place of what was there.
+        """
+        if not self.writes:
+            return
+        try:
+            if step == 0 and self.folder.is_dir():
+                previous = self.folder.with_name(PREVIOUS_FOLDER)
+                shutil.rmtree(previous, ignore_errors=True)
+                os.replace(self.folder, previous)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in self.folder.glob("*.jsonl"):
+                rows = self.rows(path.stem)
+                kept = [row for row in rows if row["step"] <= step]
+                write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+        except OSError as err:
+            self._give_up(err)
+
+    def put(self, name: str, data: Mapping[str, Any]) -> None:
+        """Write `NAME.json` whole, instead of what was there."""
+        if self.writes:
+            try:
+                text = json.dumps({"format_version": FORMAT_VERSION, **data}, indent=1, ensure_ascii=False)
+                write_whole(self.folder / f"{name}.json", text + "\n")
+            except OSError as err:
+                self._give_up(err)
+
+    def add(self, name: str, step: int, row: Mapping[str, Any]) -> None:
+        """Append one row to `NAME.jsonl`."""
+        if self.writes:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with open(self.folder / f"{name}.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
+            except OSError as err:
+                self._give_up(err)
+
+    def get(self, name: str) -> dict[str, Any] | None:
+        """`NAME.json`, or None if there is none.
+
+        Raises:
+            DataError: If it is damaged, or of a later version of this package.
+        """
+        path = self.folder / f"{name}.json"
+        if not path.is_file():
+            return None
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            version = data.pop("format_version", FORMAT_VERSION)
+        except (ValueError, AttributeError) as err:
+            raise DataError(f"'{path}' is damaged: {err}. Delete it to go on without it.") from err
+        if version != FORMAT_VERSION:
+            raise DataError(f"'{path}' has `format_version` {version}, this version reads {FORMAT_VERSION}.")
+        return dict(data)
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """Rows of `NAME.jsonl`, in the order they came; empty if there is none. A last line cut short is left out.
+
+        Raises:
+            DataError: If another line is damaged.
+        """
+        path = self.folder / f"{name}.jsonl"
+        if not path.is_file():
+            return []
+        lines = path.read_text(encoding="utf-8").split("\n")
+        rows: list[dict[str, Any]] = []
+        for number, line in enumerate(lines, 1):
+            if not line:
+                continue
+            try:
+                row = json.loads(line)
+                row["step"] = int(row["step"])
+            except (ValueError, TypeError, KeyError) as err:
+                if number == len(lines):
+                    break
+                raise DataError(f"Line {number} of '{path}' is damaged. Delete that line to go on.") from err
+            rows.append(row)
+        return rows
+
+    def _give_up(self, err: OSError) -> None:
+        self.writes = False
+        warnings.warn(
+            f"The run's record in '{self.folder}' cannot be written ({err.strerror or err}); training goes on without "
+            f"it. `qscope report` will show what was written until now.",
+            QScopeWarning,
+            stacklevel=3,
+        )

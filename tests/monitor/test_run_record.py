@@ -1,0 +1,80 @@
+"""Run records: rows come back, a killed run's tail is dropped, and a disk that refuses stops nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from qscope_trl.errors import DataError, QScopeWarning
+from qscope_trl.monitor.run_record import PREVIOUS_FOLDER, RECORD_FOLDER, RunRecord
+
+
+def test_rows_and_mappings_come_back_as_they_were(tmp_path: Path) -> None:
+    record = RunRecord(tmp_path)
+    record.begin(0)
+    record.put("run", {"model": "m", "text": "中\n"})
+    record.add("log", 1, {"loss": math.inf, "text": "line\nbreak"})
+    record.add("log", 2, {"loss": 0.5})
+    again = RunRecord(tmp_path)
+    assert again.get("run") == {"model": "m", "text": "中\n"}
+    assert again.rows("log") == [{"step": 1, "loss": math.inf, "text": "line\nbreak"}, {"step": 2, "loss": 0.5}]
+    assert again.get("audit") is None
+    assert again.rows("drift") == []
+
+
+def test_going_on_from_a_step_drops_what_came_after_it(tmp_path: Path) -> None:
+    record = RunRecord(tmp_path)
+    record.begin(0)
+    for step in (1, 2, 3):
+        record.add("log", step, {})
+    with open(record.folder / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 4, "lo')
+    assert [row["step"] for row in record.rows("log")] == [1, 2, 3]
+    record.begin(2)
+    record.add("log", 3, {"again": True})
+    assert record.rows("log") == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+
+
+def test_a_new_run_keeps_the_last_one_beside_it(tmp_path: Path) -> None:
+    for name in ("first", "second", "third"):
+        record = RunRecord(tmp_path)
+        record.begin(0)
+        record.put("run", {"model": name})
+    assert json.loads((tmp_path / RECORD_FOLDER / "run.json").read_text())["model"] == "third"
+    assert json.loads((tmp_path / PREVIOUS_FOLDER / "run.json").read_text())["model"] == "second"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [RECORD_FOLDER, PREVIOUS_FOLDER]
+
+
+def test_a_disk_that_refuses_is_said_once_and_stops_nothing(tmp_path: Path) -> None:
+    (tmp_path / RECORD_FOLDER).write_text("in the way")
+    record = RunRecord(tmp_path)
+    with pytest.warns(QScopeWarning, match="training goes on without it") as caught:
+        record.add("log", 1, {})
+    record.add("log", 2, {})
+    record.put("run", {})
+    assert len(caught) == 1
+
+
+def test_other_processes_write_nothing(tmp_path: Path) -> None:
+    record = RunRecord(tmp_path, writes=False)
+    record.begin(0)
+    record.put("run", {})
+    record.add("log", 1, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    record = RunRecord(tmp_path)
+    record.add("log", 1, {})
+    (record.folder / "log.jsonl").write_text('{"step": 1}\n{"ste\n{"step": 3}\n')
+    with pytest.raises(DataError, match=r"Line 2 of .* is damaged"):
+        record.rows("log")
+    (record.folder / "run.json").write_text("{")
+    with pytest.raises(DataError, match="is damaged"):
+        record.get("run")
+    (record.folder / "run.json").write_text('{"format_version": 99}')
+    with pytest.raises(DataError, match="`format_version` 99"):
+        record.get("run")
