@@ -13,6 +13,8 @@ import functools
 import json
 import os
 from collections.abc import Mapping, MutableMapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -43,6 +45,7 @@ from qscope_trl.training.metrics import STATE_FILE, PenaltyMetrics
 from qscope_trl.training.normalisation import loss_divisor
 from qscope_trl.training.opening import on_every_process, open_features
 from qscope_trl.training.penalty import PENALTIES, LayerFeatures
+from qscope_trl.training.recording import RunRecorder
 
 _ATTRIBUTE = "_qscope_penalty_attachment"
 
@@ -80,6 +83,8 @@ class PenaltyAttachment:
             FeatureSet's `target_group` are exempt.
         sae_revision: Commit, tag or branch of a Hub repository.
         sae_k: Active features per token, where the SAE's name does not say.
+        record: Write the run's record into `output_dir/sae_record`, for `qscope report` and the model card, and
+            `used_features.json` into checkpoints.
         **settings: Fields of `PenaltyConfig`.
 
     Raises:
@@ -97,6 +102,7 @@ class PenaltyAttachment:
         group_fn: GroupFn | None = None,
         sae_revision: str | None = None,
         sae_k: int | None = None,
+        record: bool = True,
         **settings: Any,
     ) -> None:
         self.config = PenaltyConfig.from_settings(config, **settings)
@@ -118,6 +124,9 @@ class PenaltyAttachment:
         self._finite = FiniteCheck()
         self._marks: CompleteCheckpoints | None = None
         self._owns_marks = False
+        self._records = record
+        self._recorder: RunRecorder | None = None
+        self._owns_recorder = False
 
     # --- attaching -----------------------------------------------------------------------------------------------
 
@@ -179,7 +188,24 @@ class PenaltyAttachment:
         self._marks = CompleteCheckpoints.of(trainer)
         self._owns_marks = self._marks not in present
         self._marks.writers.append(self._write_state)
+        if self._records:
+            self._recorder = RunRecorder.of(trainer)
+            self._owns_recorder = self._recorder not in present
+            self._describe(self._recorder)
         return self
+
+    def _describe(self, recorder: RunRecorder) -> None:
+        monitors = self.monitor_features
+        if monitors is not None:
+            recorder.warn_of_used(monitors.ids)
+        if self.config.penalty_weight > 0:
+            recorder.use(self.features.ids, "penalty")
+        recorder.describe(
+            sae={"name": self.features.sae or str(self._source[0]), "revision": self._source[1]},
+            penalty=asdict(self.config),
+            features=self.features.to_dict(),
+            monitors=None if monitors is None else monitors.to_dict(),
+        )
 
     def detach(self) -> None:
         """Take off every hook and wrapper; a second call does nothing."""
@@ -195,6 +221,9 @@ class PenaltyAttachment:
             self._originals = {}
             self._trainer.__dict__.pop(_ATTRIBUTE, None)
             self._check.stop(self._trainer)
+            if self._recorder is not None and self._owns_recorder:
+                self._recorder.leave()
+            self._recorder = None
             if self._marks is not None:
                 self._marks.writers.remove(self._write_state)
                 if self._owns_marks:
@@ -239,7 +268,8 @@ class PenaltyAttachment:
                 self._check.see_loss()
                 num_items = args[0] if args else kwargs.get("num_items_in_batch")
                 loss, *rest = result if isinstance(result, tuple) else (result,)
-                joined = self._join(loss, captures, batch, groups, num_items)
+                with nullcontext() if self._recorder is None else self._recorder.clock("penalty"):
+                    joined = self._join(loss, captures, batch, groups, num_items)
                 return (joined, *rest) if isinstance(result, tuple) else joined
             except BaseException as error:
                 if not self._trains_again_after(error):

@@ -49,6 +49,8 @@ class SAEPenaltyCallback(TrainerCallback):  # type: ignore[misc]
         group_fn: Names the group of a sequence from its token ids.
         sae_revision: Commit, tag or branch of a Hub repository.
         sae_k: Active features per token, where the SAE's name does not say.
+        record: Write the run's record into `output_dir/sae_record`, for `qscope report` and the model card, and
+            `used_features.json` into checkpoints.
         **settings: Further fields of `PenaltyConfig`, such as `penalty_kind="topk_act"`.
 
     Raises:
@@ -67,6 +69,7 @@ class SAEPenaltyCallback(TrainerCallback):  # type: ignore[misc]
         group_fn: GroupFn | None = None,
         sae_revision: str | None = None,
         sae_k: int | None = None,
+        record: bool = True,
         **settings: Any,
     ) -> None:
         if penalty_weight is not None:
@@ -79,6 +82,7 @@ class SAEPenaltyCallback(TrainerCallback):  # type: ignore[misc]
             group_fn=group_fn,
             sae_revision=sae_revision,
             sae_k=sae_k,
+            record=record,
             **settings,
         )
 

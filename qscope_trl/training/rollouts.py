@@ -179,6 +179,11 @@ class RolloutPolicy:
         self._vectors: dict[int, Tensor] = {}
         self._steered_B: Tensor | None = None
 
+    @property
+    def reader(self) -> FeatureReward | None:
+        """What scores, or directions to steer along, are taken from; None before a trainer is built with it."""
+        return self._score
+
     # --- before the trainer is built, and after ------------------------------------------------------------------
 
     def reward(self, reward_funcs: Sequence[Any]) -> FeatureReward:

@@ -36,6 +36,7 @@ from qscope_trl.training.generations import (
 from qscope_trl.training.opening import on_every_process, open_features
 from qscope_trl.training.penalty import PENALTIES, LayerFeatures
 from qscope_trl.training.reader import FeatureReader
+from qscope_trl.training.recording import describe_rollouts
 
 ACTIVATIONS_KEY = "sae_activations"
 """Keyword of reward functions: for each rollout a mapping from reader's name to `RolloutActivations`, or None."""
@@ -62,6 +63,7 @@ class RolloutScoring:
         self.policy: Any = None
         self.scores: list[Mapping[str, RolloutActivations] | None] = []
         self._opened: dict[str, dict[int, LayerFeatures]] = {}
+        self._described: tuple[Any, Any] = ((), None)
         self._rollouts: Rollouts | None = None
         self._window: ExitStack | None = None
         self._listening: ExitStack | None = None
@@ -114,6 +116,9 @@ class RolloutScoring:
                         f"so the schedule of `{name}` would change nothing. Use `sum_then_normalize`."
                     )
                 self._opened[name] = on_every_process(functools.partial(self._open_reader, reader))
+        if (tuple(self._opened), self.policy) != self._described:
+            self._described = (tuple(self._opened), self.policy)
+            describe_rollouts(self.trainer, [self.readers[name] for name in self._opened], self.policy)
 
     def _open_reader(self, reader: FeatureReader) -> dict[int, LayerFeatures]:
         return open_features(self.trainer.model, reader.suite(), reader.features, (), reader.kind)

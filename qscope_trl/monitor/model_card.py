@@ -1,0 +1,166 @@
+"""The section of a model card that says what was trained on: from a run's record, into the README that TRL writes.
+
+Left out: the rest of the card, which is TRL's; and figures that the record does not hold.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qscope_trl.features import FeatureSet
+from qscope_trl.files import write_whole
+from qscope_trl.monitor.html import figure
+from qscope_trl.monitor.run_record import RunRecord
+
+BEGIN, END = "<!-- qscope_trl: begin -->", "<!-- qscope_trl: end -->"
+"""Marks around the section, by which a later one replaces it."""
+
+LICENCE = (
+    "The SAEs are not part of this repository and come under their own licence; Qwen-Scope's is stated on its model "
+    "pages. Read it before you use them."
+)
+_TAG = "qscope_trl"
+_MOST = 30
+
+
+def update(output_dir: str | os.PathLike[str]) -> bool:
+    """Put the section into `OUTPUT_DIR/README.md`, in place of an earlier one.
+
+    Returns:
+        Whether there was a card and a record to take it from.
+
+    Raises:
+        DataError: If the record is damaged.
+    """
+    from huggingface_hub import ModelCard
+
+    path, record = Path(output_dir) / "README.md", RunRecord(output_dir)
+    if not path.is_file() or record.get("run") is None:
+        return False
+    card = ModelCard.load(path, ignore_metadata_errors=True)
+    tags = list(card.data.tags or [])
+    card.data.tags = tags if _TAG in tags else [*tags, _TAG]
+    body = re.sub(f"\n*{re.escape(BEGIN)}.*?{re.escape(END)}\n*", "\n\n", card.text, flags=re.DOTALL)
+    card.text = f"{body.rstrip()}\n\n{BEGIN}\n{section(record)}\n{END}\n"
+    write_whole(path, str(card))
+    return True
+
+
+def section(record: RunRecord) -> str:
+    """The section as Markdown.
+
+    Raises:
+        DataError: If the record is damaged.
+    """
+    run = record.get("run") or {}
+    parts = ["## Sparse autoencoder features", _what(run)]
+    parts += [_features(title, run.get(key)) for key, title in (("features", "Penalised"), ("monitors", "Held out"))]
+    parts += [_rewards(run), _course(record, run), _drift(record), _alarms(record), _audit(record.get("audit"))]
+    return "\n\n".join(part for part in [*parts, LICENCE] if part)
+
+
+def _what(run: Mapping[str, Any]) -> str:
+    sae, penalty = run.get("sae") or {}, run.get("penalty") or {}
+    name = sae.get("name")
+    text = "Trained with [qscope_trl](https://pypi.org/project/qscope-trl/)"
+    text += f" and the sparse autoencoders `{name}`." if name else "."
+    if penalty.get("penalty_weight"):
+        text += (
+            f" A penalty (`{penalty['penalty_kind']}`, weight {penalty['penalty_weight']:g}) on the features below "
+            f"joined the loss."
+        )
+    if run.get("control"):
+        text += f" **Control run**: the penalty was put on {run['control']} features instead of the named ones."
+    return text
+
+
+def _features(title: str, data: Mapping[str, Any] | None) -> str:
+    if not data:
+        return ""
+    features = FeatureSet.from_dict(data).features
+    evidence = sorted({key for feature in features for key in feature.evidence})[:3]
+    lines = _table(
+        ["feature", "stands for", "weight", "threshold", *evidence],
+        [
+            [
+                str(feature.id),
+                _cell(feature.label) or "-",
+                f"{feature.weight:g}",
+                f"{feature.threshold:g}",
+                *(figure(feature.evidence.get(key)) for key in evidence),
+            ]
+            for feature in features[:_MOST]
+        ],
+    )
+    more = f"\n\nand {len(features) - _MOST} more." if len(features) > _MOST else ""
+    return f"### {title} features\n\n{lines}{more}"
+
+
+def _rewards(run: Mapping[str, Any]) -> str:
+    rewards, policy = run.get("rewards") or [], run.get("policy")
+    lines = [
+        f"- Reward `{_cell(reward['name'])}`: {len(reward['features']['features'])} features, scale "
+        f"{reward['scale']:g}, read on the {reward['reader']} model."
+        for reward in rewards
+    ]
+    if policy:
+        lines.append(f"- Rollout policy `{policy['kind']}`, strength {policy['strength']:g}.")
+    return "### Rewards\n\n" + "\n".join(lines) if lines else ""
+
+
+def _course(record: RunRecord, run: Mapping[str, Any]) -> str:
+    """First and last value of what was trained on and of what was held out."""
+    log = record.rows("log")
+    named = [("features", "sae", "penalised"), ("monitors", "sae/monitor", "held out")]
+    rows = []
+    for key, prefix, kind in named:
+        for feature in (FeatureSet.from_dict(run[key]).ids if run.get(key) else ())[:_MOST]:
+            rates = [row[f"{prefix}/{feature}/firing_rate"] for row in log if f"{prefix}/{feature}/firing_rate" in row]
+            if rates:
+                rows.append([str(feature), kind, figure(float(rates[0])), figure(float(rates[-1]))])
+    if not rows:
+        return ""
+    head = ["feature", "kind", "firing rate at first", "at last"]
+    return f"### Course\n\n{_table(head, rows)}\n\nShare of the measured training tokens."
+
+
+def _drift(record: RunRecord) -> str:
+    rows = record.rows("drift")
+    if not rows:
+        return ""
+    last = rows[-1]
+    names = ["fvu", "jaccard", "residual_cosine"]
+    lines = [
+        [f"layer {layer}", *(figure(values.get(name)) for name in names)]
+        for layer, values in sorted(last["layers"].items(), key=lambda item: int(item[0]))
+    ]
+    table = _table(["", "fvu", "same active features (Jaccard)", "residual cosine"], lines)
+    kl = last.get("kl")
+    tail = "" if kl is None else f" KL divergence from the model before training: {figure(float(kl))} nats a token."
+    return f"### Drift on fixed texts, step {last['step']}\n\n{table}\n\n{tail}".rstrip()
+
+
+def _alarms(record: RunRecord) -> str:
+    rows = record.rows("alarms")
+    lines = "\n".join(f"- Step {row['step']}: {_cell(row['message'])}" for row in rows[:_MOST])
+    return f"### Alarms\n\n{lines}" if rows else ""
+
+
+def _audit(audit: Mapping[str, Any] | None) -> str:
+    if not audit:
+        return ""
+    return f"### Audit\n\n{_cell(str(audit.get('verdict', '')))}. {_cell(str(audit.get('reason', '')))}".rstrip()
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """Text of any origin inside a table: no markup, no line break."""
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(text.split()))

@@ -1,0 +1,365 @@
+"""Recording a run beside the trainer's own log: what is trained on, every log event, and the seconds our parts take.
+
+One recorder a trainer, shared by the penalty, rewards, drift monitor and dashboard; `monitor/run_record.py` says what
+lies in which file. Left out: what is shown of it; that is `qscope report`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import platform
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from qscope_trl._version import __version__
+from qscope_trl.errors import QScopeWarning
+from qscope_trl.features import FeatureId
+from qscope_trl.files import write_whole
+from qscope_trl.monitor import model_card
+from qscope_trl.monitor.run_record import RunRecord
+from qscope_trl.training.checkpoints import CompleteCheckpoints
+from qscope_trl.training.reader import FeatureReader
+
+USED_FILE = "used_features.json"
+"""File in each checkpoint and in `output_dir`: features that were trained on, and how."""
+
+_VERSIONS = ("torch", "transformers", "trl", "accelerate", "peft", "deepspeed")
+_NOTE = (
+    "These features were trained on. On this model, and on what is trained from it, they no longer tell whether the "
+    "behaviour is gone: choose others as monitors."
+)
+
+
+class RunRecorder(TrainerCallback):  # type: ignore[misc]
+    """Writes the record of one trainer's runs; `RunRecorder.of(trainer)`.
+
+    It neither looks at the model nor draws random numbers, and only the main process writes. `used_features.json` is
+    written into every checkpoint and, at the end, into `output_dir`; the model card that the trainer makes gains a
+    section on the features.
+    """
+
+    def __init__(self) -> None:
+        self.record = RunRecord(".", writes=False)
+        self._trainer: Any = None
+        self._parts: dict[str, Any] = {}
+        self._uses: dict[str, list[str]] = {}
+        self._begun = False
+        self._started = 0.0
+        self._step_started = 0.0
+        self._steps, self._step_seconds = 0, 0.0
+        self._seconds: dict[str, float] = {}
+        self._events: list[tuple[str, Any, Any]] = []
+        self._marks: CompleteCheckpoints | None = None
+        self._owns_marks = False
+        self._card: Any = None
+        self._has_run = False
+
+    @classmethod
+    def of(cls, trainer: Any) -> RunRecorder:
+        """The one in a trainer's list of callbacks; added if there is none."""
+        found = next((item for item in trainer.callback_handler.callbacks if isinstance(item, cls)), None)
+        if found is None:
+            found = cls()
+            trainer.add_callback(found)
+        found._join(trainer)
+        return found
+
+    def _join(self, trainer: Any) -> None:
+        if self._trainer is trainer:
+            return
+        self.leave()
+        self._trainer, self._has_run = trainer, False
+        self.record = RunRecord(trainer.args.output_dir, writes=trainer.is_world_process_zero())
+        self._parts, self._uses = {}, read_used(getattr(trainer.model.config, "_name_or_path", ""))
+        present = list(trainer.callback_handler.callbacks)
+        self._marks = CompleteCheckpoints.of(trainer)
+        self._owns_marks = self._marks not in present
+        self._marks.writers.append(self._write_used)
+        self._card = trainer.__dict__.get("create_model_card")
+        trainer.create_model_card = self._wrap_card(trainer.create_model_card)
+
+    def leave(self) -> None:
+        """Take itself out of its trainer; a second call does nothing.
+
+        After a run the card's section stays, as `push_to_hub` writes the card anew.
+        """
+        trainer, self._trainer = self._trainer, None
+        if trainer is None:
+            return
+        if self._marks is not None:
+            self._marks.writers.remove(self._write_used)
+            if self._owns_marks:
+                self._marks.leave(trainer)
+        if not self._has_run:
+            trainer.__dict__.pop("create_model_card")
+            if self._card is not None:
+                trainer.create_model_card = self._card
+        handler = trainer.callback_handler
+        # A new list: the trainer may be going through the present one, and would skip the callback after this.
+        handler.callbacks = [item for item in handler.callbacks if item is not self]
+
+    # --- what others say -----------------------------------------------------------------------------------------
+
+    def describe(self, **parts: Any) -> None:
+        """Set keys of `run.json`; the schema is in `monitor/run_record.py`."""
+        self._parts.update(parts)
+        if self._begun:
+            self._put_run()
+
+    def use(self, ids: Iterable[FeatureId], how: str) -> None:
+        """Mark features as trained on.
+
+        Args:
+            ids: The features.
+            how: By what: `penalty`, `reward NAME`, `policy NAME`.
+        """
+        for name in map(str, ids):
+            ways = self._uses.setdefault(name, [])
+            if how not in ways:
+                ways.append(how)
+        if self._begun:
+            self._put_run()
+
+    def warn_of_used(self, monitors: Iterable[FeatureId]) -> None:
+        """Warn of monitors that this model, or the one it started from, was trained on."""
+        burnt = [str(one) for one in monitors if str(one) in self._uses]
+        if burnt:
+            listed = ", ".join(f"{name} ({', '.join(self._uses[name])})" for name in burnt[:5])
+            warnings.warn(
+                f"{len(burnt)} of the monitors were trained on before: {listed}. They no longer tell whether the "
+                f"behaviour is gone; choose others.",
+                QScopeWarning,
+                stacklevel=3,
+            )
+
+    @contextmanager
+    def clock(self, part: str) -> Iterator[None]:
+        """Count the seconds inside into `overhead.jsonl`: on a GPU those of its stream, read at the next log event."""
+        if torch.cuda.is_available() and self._trainer is not None and self._trainer.args.device.type == "cuda":
+            cuda: Any = torch.cuda
+            start, end = (cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            try:
+                yield
+            finally:
+                end.record()
+                self._events.append((part, start, end))
+            return
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[part] = self._seconds.get(part, 0.0) + time.perf_counter() - begun
+
+    # --- events --------------------------------------------------------------------------------------------------
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin the record, or go on with that of the run that is resumed."""
+        del args, control, kwargs
+        self._begun = False
+        self._begin(state)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the step's clock."""
+        del args, control, kwargs
+        self._begin(state)
+        self._step_started = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop it."""
+        del args, state, control, kwargs
+        if self._step_started:
+            self._steps += 1
+            self._step_seconds += time.perf_counter() - self._step_started
+            self._step_started = 0.0
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Keep the event, and the seconds since the last one that closed some steps."""
+        del args, control, kwargs
+        if not self._begun:
+            return
+        self.record.add("log", state.global_step, plain(logs or {}))
+        if self._steps:
+            self._add_overhead(state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the record."""
+        del control, kwargs
+        if not self._begun:
+            return
+        if self._steps or self._seconds or self._events:
+            self._add_overhead(state)
+        last = state.log_history[-1] if state.log_history else {}
+        self.record.put(
+            "end",
+            {
+                "step": state.global_step,
+                "seconds": time.perf_counter() - self._started,
+                "finished": _now(),
+                "metrics": plain(last),
+            },
+        )
+        self._write_used(Path(args.output_dir))
+        self._begun = False
+
+    # --- details -------------------------------------------------------------------------------------------------
+
+    def _begin(self, state: TrainerState) -> None:
+        if self._begun:
+            return
+        self._begun = self._has_run = True
+        self._started = time.perf_counter()
+        self._steps, self._step_seconds, self._seconds, self._events = 0, 0.0, {}, []
+        self.record.begin(state.global_step)
+        self._put_run()
+
+    def _put_run(self) -> None:
+        trainer = self._trainer
+        if trainer is None:
+            return
+        versions = {name: _version(name) for name in _VERSIONS}
+        self.record.put(
+            "run",
+            {
+                "qscope_trl": __version__,
+                "model": getattr(trainer.model.config, "_name_or_path", ""),
+                "trainer": type(trainer).__name__,
+                **self._parts,
+                "uses": self._uses,
+                "arguments": plain(trainer.args.to_sanitized_dict()),
+                "versions": {name: version for name, version in versions.items() if version},
+                "hardware": hardware(trainer.args.device),
+                "num_processes": trainer.accelerator.num_processes,
+                "started": _now(),
+            },
+        )
+
+    def _add_overhead(self, state: TrainerState) -> None:
+        for part, start, end in self._events:
+            end.synchronize()
+            self._seconds[part] = self._seconds.get(part, 0.0) + start.elapsed_time(end) / 1000
+        row = {"steps": self._steps, "step_seconds": self._step_seconds, "parts": self._seconds}
+        self.record.add("overhead", state.global_step, row)
+        self._steps, self._step_seconds, self._seconds, self._events = 0, 0.0, {}, []
+
+    def _write_used(self, folder: Path) -> None:
+        if self.record.writes and self._uses:
+            features = dict(sorted(self._uses.items(), key=lambda item: FeatureId.parse(item[0])))
+            write_whole(folder / USED_FILE, json.dumps({"note": _NOTE, "features": features}, indent=1) + "\n")
+
+    def _wrap_card(self, original: Any) -> Any:
+        record, output_dir = self.record, self.record.folder.parent
+
+        @functools.wraps(original)
+        def create_model_card(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            if record.writes:
+                model_card.update(output_dir)
+            return result
+
+        return create_model_card
+
+
+def describe_rollouts(trainer: Any, readers: Iterable[FeatureReader], policy: Any) -> None:
+    """Put into the record what is read of a trainer's rollouts, and which features that trains on.
+
+    Args:
+        trainer: A GRPO or RLOO trainer.
+        readers: What is read.
+        policy: Its `RolloutPolicy`, or None.
+    """
+    recorder = RunRecorder.of(trainer)
+    rewards = []
+    acting = None if policy is None else policy.reader
+    functions = getattr(trainer, "reward_funcs", ())
+    for reader in readers:
+        # A policy that brought features of its own reads them by a reward function that is in no list.
+        scale = getattr(reader, "scale", 0.0) if any(function is reader for function in functions) else 0.0
+        rewards.append(
+            {
+                "name": reader.name,
+                "features": reader.features.to_dict(),
+                "kind": reader.kind,
+                "reader": reader.reader,
+                "scale": scale,
+                "sign": getattr(reader, "sign", -1),
+            }
+        )
+        if scale:
+            recorder.use(reader.features.ids, f"reward {reader.name}")
+        elif reader is not acting:
+            recorder.warn_of_used(reader.features.ids)
+    if acting is not None:
+        recorder.use(acting.features.ids, f"policy {policy.kind}")
+    described = None if policy is None else {"kind": policy.kind, "strength": policy.strength}
+    recorder.describe(rewards=rewards, policy=described)
+
+
+def read_used(folder: str) -> dict[str, list[str]]:
+    """What a model's folder says its features were used for; empty for a Hub id or a model without such a file."""
+    path = Path(folder) / USED_FILE if folder else None
+    if path is None or not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["features"]
+        return {str(FeatureId.parse(name)): [str(way) for way in ways] for name, ways in found.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as err:
+        warnings.warn(
+            f"'{path}' cannot be read ({err}), so monitors that were trained on before are not told apart.",
+            QScopeWarning,
+            stacklevel=3,
+        )
+        return {}
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as JSON has them; a tensor or NumPy number becomes a number, what is neither is left out."""
+    found = {}
+    for key, value in values.items():
+        item = value.item() if hasattr(value, "item") and getattr(value, "size", 1) in (1, ()) else value
+        if item is None or isinstance(item, bool | int | float | str):
+            found[str(key)] = item
+    return found
+
+
+def hardware(device: torch.device) -> str:
+    """What this process trains on, in words."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"{device.type}, {torch.get_num_threads()} threads, {platform.machine()}"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
