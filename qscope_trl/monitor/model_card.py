@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qscope_trl.features import FeatureSet
+from qscope_trl.features.hub import LICENCE, cell, table
 from qscope_trl.files import write_whole
 from qscope_trl.monitor.html import figure
 from qscope_trl.monitor.run_record import RunRecord
@@ -19,10 +20,6 @@ from qscope_trl.monitor.run_record import RunRecord
 BEGIN, END = "<!-- qscope_trl: begin -->", "<!-- qscope_trl: end -->"
 """Marks around the section, by which a later one replaces it."""
 
-LICENCE = (
-    "The SAEs are not part of this repository and come under their own licence; Qwen-Scope's is stated on its model "
-    "pages. Read it before you use them."
-)
 _TAG = "qscope_trl"
 _MOST = 30
 
@@ -83,12 +80,12 @@ def _features(title: str, data: Mapping[str, Any] | None) -> str:
         return ""
     features = FeatureSet.from_dict(data).features
     evidence = sorted({key for feature in features for key in feature.evidence})[:3]
-    lines = _table(
+    lines = table(
         ["feature", "stands for", "weight", "threshold", *evidence],
         [
             [
                 str(feature.id),
-                _cell(feature.label) or "-",
+                cell(feature.label) or "-",
                 f"{feature.weight:g}",
                 f"{feature.threshold:g}",
                 *(figure(feature.evidence.get(key)) for key in evidence),
@@ -103,7 +100,7 @@ def _features(title: str, data: Mapping[str, Any] | None) -> str:
 def _rewards(run: Mapping[str, Any]) -> str:
     rewards, policy = run.get("rewards") or [], run.get("policy")
     lines = [
-        f"- Reward `{_cell(reward['name'])}`: {len(reward['features']['features'])} features, scale "
+        f"- Reward `{cell(reward['name'])}`: {len(reward['features']['features'])} features, scale "
         f"{reward['scale']:g}, read on the {reward['reader']} model."
         for reward in rewards
     ]
@@ -125,7 +122,7 @@ def _course(record: RunRecord, run: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     head = ["feature", "kind", "firing rate at first", "at last"]
-    return f"### Course\n\n{_table(head, rows)}\n\nShare of the measured training tokens."
+    return f"### Course\n\n{table(head, rows)}\n\nShare of the measured training tokens."
 
 
 def _drift(record: RunRecord) -> str:
@@ -138,29 +135,19 @@ def _drift(record: RunRecord) -> str:
         [f"layer {layer}", *(figure(values.get(name)) for name in names)]
         for layer, values in sorted(last["layers"].items(), key=lambda item: int(item[0]))
     ]
-    table = _table(["", "fvu", "same active features (Jaccard)", "residual cosine"], lines)
+    found = table(["", "fvu", "same active features (Jaccard)", "residual cosine"], lines)
     kl = last.get("kl")
     tail = "" if kl is None else f" KL divergence from the model before training: {figure(float(kl))} nats a token."
-    return f"### Drift on fixed texts, step {last['step']}\n\n{table}\n\n{tail}".rstrip()
+    return f"### Drift on fixed texts, step {last['step']}\n\n{found}\n\n{tail}".rstrip()
 
 
 def _alarms(record: RunRecord) -> str:
     rows = record.rows("alarms")
-    lines = "\n".join(f"- Step {row['step']}: {_cell(row['message'])}" for row in rows[:_MOST])
+    lines = "\n".join(f"- Step {row['step']}: {cell(row['message'])}" for row in rows[:_MOST])
     return f"### Alarms\n\n{lines}" if rows else ""
 
 
 def _audit(audit: Mapping[str, Any] | None) -> str:
     if not audit:
         return ""
-    return f"### Audit\n\n{_cell(str(audit.get('verdict', '')))}. {_cell(str(audit.get('reason', '')))}".rstrip()
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _cell(text: str) -> str:
-    """Text of any origin inside a table: no markup, no line break."""
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(text.split()))
+    return f"### Audit\n\n{cell(str(audit.get('verdict', '')))}. {cell(str(audit.get('reason', '')))}".rstrip()

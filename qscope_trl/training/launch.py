@@ -65,13 +65,15 @@ def use_cpu_if_alone() -> None:
 
 
 def load_features(entries: Sequence[str]) -> FeatureSet:
-    """Features from one file, or from a list of names.
+    """Features from one file or Hub repository, or from a list of names.
 
     Raises:
         FeatureSetError: As `FeatureSet.load`.
     """
-    one_file = len(entries) == 1 and Path(entries[0]).suffix in (".yaml", ".yml", ".json")
-    return FeatureSet.load(entries[0] if one_file else list(entries))
+    is_name = len(entries) != 1 or (
+        Path(entries[0]).suffix not in (".yaml", ".yml", ".json") and "/" not in entries[0]
+    )
+    return FeatureSet.load(list(entries) if is_name else entries[0])
 
 
 def open_suite(sae: SAEConfig, layers: Sequence[int] | None = None) -> Any:

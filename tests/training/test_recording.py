@@ -11,7 +11,8 @@ import pytest
 from qscope_trl import FeatureReward, SAEGRPOTrainer, attach
 from qscope_trl.errors import QScopeWarning
 from qscope_trl.features import Feature, FeatureSet
-from qscope_trl.monitor.model_card import BEGIN, LICENCE
+from qscope_trl.features.hub import LICENCE
+from qscope_trl.monitor.model_card import BEGIN
 from qscope_trl.monitor.run_record import RunRecord
 from qscope_trl.training.checkpoints import MARK_FILE, find_fault
 from qscope_trl.training.recording import USED_FILE, RunRecorder

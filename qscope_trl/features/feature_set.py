@@ -8,9 +8,7 @@ nor transformers.
 from __future__ import annotations
 
 import json
-import math
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -19,94 +17,12 @@ from typing import Any
 import yaml
 
 from qscope_trl.errors import FeatureSetError
+from qscope_trl.features import hub
+from qscope_trl.features.feature import Feature, FeatureId
+from qscope_trl.features.values import require_mapping, require_text, unquote
 from qscope_trl.files import write_whole
 
 FORMAT_VERSION = 1
-_NAME = re.compile(r"L(\d+)F(\d+)")
-
-
-@dataclass(frozen=True, order=True)
-class FeatureId:
-    """Address of one SAE feature, written `L12F345`: layer 12 (counted from 0), feature 345.
-
-    Args:
-        layer: Decoder layer whose output the SAE reads, from 0.
-        index: Row of `W_enc`, from 0.
-    """
-
-    layer: int
-    index: int
-
-    def __post_init__(self) -> None:
-        for name in ("layer", "index"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise FeatureSetError(f"A feature's `{name}` is a whole number from 0, got {value!r}.")
-
-    @classmethod
-    def parse(cls, text: str) -> FeatureId:
-        """Read `L12F345`.
-
-        Raises:
-            FeatureSetError: If `text` has another form.
-        """
-        match = _NAME.fullmatch(text.strip()) if isinstance(text, str) else None
-        if match is None:
-            raise FeatureSetError(f"`{text}` is not a feature name. Write layer and index as in `L12F345`.")
-        return cls(int(match[1]), int(match[2]))
-
-    def __str__(self) -> str:
-        return f"L{self.layer}F{self.index}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Feature:
-    """One chosen feature.
-
-    Args:
-        layer: Decoder layer, from 0.
-        index: Row of `W_enc`, from 0.
-        weight: Factor of this feature in a penalty or score. Typical 1.0; must be finite.
-        threshold: Pre-activation above which a hinge penalty starts (`alpha` in SASFT), typically the untuned
-            model's mean pre-activation on text that should not carry the feature. May be negative.
-        group_thresholds: Threshold per group of samples (for example per language); a group that is not listed uses
-            `threshold`.
-        label: What the feature stands for, in words.
-        evidence: Figures it was chosen on, such as `auroc` or `mean_difference`.
-    """
-
-    layer: int
-    index: int
-    weight: float = 1.0
-    threshold: float = 0.0
-    group_thresholds: Mapping[str, float] = field(default_factory=dict)
-    label: str = ""
-    evidence: Mapping[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        of = f" of feature {self.id}"
-        _require_mapping(f"`group_thresholds`{of}", self.group_thresholds, "group to threshold, as in {en: 0.5}")
-        _require_mapping(f"`evidence`{of}", self.evidence, "name to number, as in {auroc: 0.9}")
-        _require_text(f"`label`{of} is", self.label)
-        for key, value in [
-            ("weight", self.weight),
-            ("threshold", self.threshold),
-            *((f"group_thresholds.{group}", value) for group, value in self.group_thresholds.items()),
-        ]:
-            if not _is_number(value) or not math.isfinite(value):
-                raise FeatureSetError(f"`{key}`{of} is a finite number, got {value!r}.{_unquote(value)}")
-        for key, value in self.evidence.items():
-            if not _is_number(value):
-                raise FeatureSetError(f"`evidence.{key}`{of} is a number, got {value!r}.{_unquote(value)}")
-
-    @property
-    def id(self) -> FeatureId:
-        """Address of the feature."""
-        return FeatureId(self.layer, self.index)
-
-    def threshold_for(self, group: str | None) -> float:
-        """Threshold that applies to a sample of `group`."""
-        return self.threshold if group is None else self.group_thresholds.get(group, self.threshold)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,19 +79,19 @@ class FeatureSet:
         """Raise for a field of another type than declared; in YAML an unquoted value easily becomes one."""
         for name in ("model", "sae", "sae_revision", "target_group"):
             if getattr(self, name) is not None:
-                _require_text(f"`{name}` is", getattr(self, name))
+                require_text(f"`{name}` is", getattr(self, name))
         for name in ("d_model", "d_sae", "num_layers"):
             size = getattr(self, name)
             if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-                raise FeatureSetError(f"`{name}` is {size!r}; it is a whole number from 1.{_unquote(size)}")
-        _require_mapping("`origin`", self.origin, "name to value, as in {command: qscope find}")
+                raise FeatureSetError(f"`{name}` is {size!r}; it is a whole number from 1.{unquote(size)}")
+        require_mapping("`origin`", self.origin, "name to value, as in {command: qscope find}")
         prints = self.sae_fingerprints
         if not isinstance(prints, Mapping) or not all(type(key) is int and key >= 0 for key in prints):
             raise FeatureSetError(
                 f"`sae_fingerprints` is {prints!r}; it is a mapping from layer to fingerprint, as in {{12: '0a1b'}}."
             )
         for layer, value in prints.items():
-            _require_text(f"`sae_fingerprints.{layer}` is", value)
+            require_text(f"`sae_fingerprints.{layer}` is", value)
 
     def __len__(self) -> int:
         return len(self.features)
@@ -219,8 +135,8 @@ class FeatureSet:
         """Read a set from a YAML or JSON file, or take it as it is.
 
         Args:
-            source: A `FeatureSet`, a path ending in `.yaml`, `.yml` or `.json`, a list of names like `L12F345`, or a
-                mapping from such names to weights.
+            source: A `FeatureSet`, a path ending in `.yaml`, `.yml` or `.json`, a Hub repository `owner/name` that
+                `push_to_hub` wrote, a list of names like `L12F345`, or a mapping from such names to weights.
 
         Raises:
             FeatureSetError: If the file is missing, unreadable, or has unknown or ill-typed entries.
@@ -232,6 +148,8 @@ class FeatureSet:
             return cls(features=tuple(Feature(layer=i.layer, index=i.index, weight=w) for i, w in ids.items()))
         if not isinstance(source, str | os.PathLike):
             return cls.from_names(source)
+        if isinstance(source, str) and hub.is_hub_id(source):
+            return cls.from_hub(source)
         path = Path(source)
         if not path.is_file():
             raise FeatureSetError(
@@ -247,6 +165,56 @@ class FeatureSet:
             return cls.from_dict(data)
         except FeatureSetError as err:
             raise FeatureSetError(f"'{path}': {err}") from err
+
+    @classmethod
+    def from_hub(cls, repo_id: str, *, revision: str | None = None, token: str | None = None) -> FeatureSet:
+        """Read a set from the Hub repository that `push_to_hub` wrote.
+
+        Args:
+            repo_id: `owner/name`.
+            revision: Commit, tag or branch.
+            token: Access token; by default the one of `hf auth login`.
+
+        Raises:
+            FeatureSetError: If there is no such set, or the Hub cannot be reached.
+        """
+        return cls.load(hub.download(repo_id, revision=revision, token=token))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload features",
+        license: str | None = None,
+    ) -> str:
+        """Push the set and a card with evidence, origin and the note on the SAEs' licence to the Hub.
+
+        Args:
+            repo_id: `owner/name`; made if there is none.
+            private: Whether a new repository is private.
+            token: Access token; by default the one of `hf auth login`.
+            revision: Branch to commit to.
+            commit_message: Message of the commit.
+            license: Identifier of the licence of this set, for the card.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            FeatureSetError: If the Hub refuses or cannot be reached.
+        """
+        return hub.upload(
+            repo_id,
+            self._yaml(),
+            hub.card(repo_id, self.to_dict(), licence=license),
+            token=token,
+            private=private,
+            revision=revision,
+            message=commit_message,
+        )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> FeatureSet:
@@ -286,11 +254,12 @@ class FeatureSet:
         """Write the set to `path` (`.json`, otherwise YAML), under a temporary name first so no half file is left."""
         path = Path(path)
         text = (
-            json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
-            if path.suffix == ".json"
-            else yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+            json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n" if path.suffix == ".json" else self._yaml()
         )
         write_whole(path, text)
+
+    def _yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
     def check_fits(
         self,
@@ -366,30 +335,6 @@ def _feature(entry: Any) -> Feature:
 def _without_empty(data: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """The mapping without those keys of `names` that a file leaves blank."""
     return {key: value for key, value in data.items() if value is not None or key not in names}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _require_text(what: str, value: Any) -> None:
-    if not isinstance(value, str):
-        kind = "no, yes, off or on as a boolean" if isinstance(value, bool) else "number or date as one"
-        hint = "" if isinstance(value, Mapping | list | None) else f" YAML reads a bare {kind}: put it into quotes."
-        raise FeatureSetError(f"{what} {value!r}; it is a text.{hint}")
-
-
-def _require_mapping(what: str, value: Any, form: str) -> None:
-    if not isinstance(value, Mapping):
-        raise FeatureSetError(f"{what} is {value!r}; it is a mapping from {form}.")
-    for key in value:
-        _require_text(f"{what} has the key", key)
-
-
-def _unquote(value: Any) -> str:
-    if not isinstance(value, str) or re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", value) is None:
-        return ""
-    return " YAML reads 1e-3 as a text: write 1.0e-3." if "e" in value else " Write it without quotes."
 
 
 def _refuse_unknown(data: Mapping[str, Any], kind: type, where: str) -> None:
