@@ -159,6 +159,10 @@ def test_sft_trains_with_the_penalty_and_saves(assets: Path, capsys: pytest.Capt
     assert "eval_sae/penalty" in shown
     assert shown.splitlines()[-1] == f"Model saved to {assets / 'out'}"
     assert (assets / "out" / "model.safetensors").is_file()
+    assert (assets / "out" / "used_features.json").is_file()
+    card = (assets / "out" / "README.md").read_text(encoding="utf-8")
+    assert "### Penalised features" in card
+    assert "| L2F5 |" in card
 
 
 def test_sft_reads_parquet_peft_monitors_and_groups(assets: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from qscope_trl.config.training import SAEConfig
 from qscope_trl.errors import CheckpointError, ConfigError, DataError, QScopeWarning
 from qscope_trl.features import FeatureSet
+from qscope_trl.features.hub import is_hub_id
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 _ENGINES = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
@@ -263,8 +264,12 @@ def train_and_save(trainer: Any, args: Any, dataset_name: str) -> RunResult:
         is_main_process=trainer.is_world_process_zero(),
         metrics=dict(outcome.metrics),
     )
+    # A card links to its dataset on the Hub, where a local file is not.
+    named = dataset_name if is_hub_id(dataset_name) else None
     if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=dataset_name)
+        trainer.push_to_hub(dataset_name=named)
+    else:
+        trainer.create_model_card(model_name=Path(args.output_dir).name, dataset_name=named)
     # A DDP wrapper that outlives its process group can hang or abort the process when it is freed.
     trainer.model_wrapped = trainer.model
     trainer.accelerator.free_memory()
