@@ -73,7 +73,10 @@ def parse_training(argv: Sequence[str], classes: Sequence[type], *, prog: str, d
 
 
 def add_flags(parser: argparse.ArgumentParser, kind: type) -> None:
-    """Add one flag per field of a dataclass: `--text-column` or `--text_column` for `text_column`."""
+    """Add one flag per field of a dataclass: `--text-column` or `--text_column` for `text_column`.
+
+    A field with `is_positional` in its metadata is a word of its own, without a flag.
+    """
     hints = get_type_hints(kind)
     for item in fields(kind):
         names = dict.fromkeys([f"--{item.name.replace('_', '-')}", f"--{item.name}"])
@@ -87,10 +90,13 @@ def add_flags(parser: argparse.ArgumentParser, kind: type) -> None:
                 help=item.metadata["help"],
             )
             continue
+        if item.metadata.get("is_positional"):
+            parser.add_argument(item.name, metavar=item.name.upper(), type=inner, help=item.metadata["help"])
+            continue
         is_list = get_origin(inner) is list
         required = item.default is MISSING and item.default_factory is MISSING
         default = item.default if item.default is not MISSING else None
-        note = "" if default is None else f" Default: {default}."
+        note = "" if default in (None, "") else f" Default: {default}."
         parser.add_argument(
             *names,
             dest=item.name,

@@ -11,7 +11,7 @@ import trl
 
 from qscope_trl.config.training import DataConfig, MonitorConfig, PenaltyConfig, SAEConfig
 from qscope_trl.errors import ConfigError
-from qscope_trl.parsing import add_flags, parse_training, suggestion
+from qscope_trl.parsing import add_flags, parse_flags, parse_training, suggestion
 
 CLASSES = (trl.ScriptArguments, trl.SFTConfig, trl.ModelConfig, SAEConfig, PenaltyConfig, MonitorConfig, DataConfig)
 
@@ -132,6 +132,19 @@ def test_flags_of_a_dataclass_make_the_dataclass() -> None:
     assert Small(**vars(parser.parse_args(given))) == Small(needed="x", some_size=3, many=["p", "q"])
     assert Small(**vars(parser.parse_args(["--needed", "x", "--some_size=4"]))) == Small(needed="x", some_size=4)
     assert "Default: a." in parser.format_help()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    run_dir: str = field(metadata={"help": "A run.", "is_positional": True})
+    size: int = field(default=2, metadata={"help": "Size."})
+
+
+@pytest.mark.parametrize("argv", [["here", "--size", "3"], ["--size", "3", "here"]], ids=["first", "last"])
+def test_a_positional_field_is_a_word_of_its_own(argv: list[str]) -> None:
+    assert parse_flags(argv, Placed, prog="qscope x", description="") == Placed(run_dir="here", size=3)
+    with pytest.raises(ConfigError, match="The following arguments are required: RUN_DIR"):
+        parse_flags([], Placed, prog="qscope x", description="")
 
 
 def test_suggestion_is_the_nearest_name() -> None:

@@ -1,7 +1,7 @@
 """Pieces of HTML reports: one file that needs nothing else, no script and no network, and shows any text as it is.
 
 What comes from data is escaped; what is markup already is `Html`. A content security policy in every page forbids to
-load or run anything, whatever a text holds. Left out: charts and scripts.
+load or run anything, whatever a text holds. Charts are in `charts`. Left out: scripts.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from typing import Any
 from qscope_trl.files import write_whole
 
 _STYLE = """
-:root { color-scheme: light dark; --line: #8884; --dim: #8889; --high: 255, 140, 0; --low: 40, 120, 255; }
+:root { color-scheme: light dark; --line: #8884; --dim: #6a6a6a; --high: 255, 140, 0; --low: 40, 120, 255; }
+@media (prefers-color-scheme: dark) { :root { --dim: #a2a2a2; } }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; }
+h1, h2, h3, h4, p, li, summary, figcaption { overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; } h3 { font-size: 1rem; }
 table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
 th, td { border-bottom: 1px solid var(--line); padding: .2rem .7rem; text-align: left; vertical-align: top; }
@@ -55,6 +57,15 @@ def joined(parts: Iterable[object], between: str = "") -> Html:
     return Html(text(between).join(text(part) for part in parts))
 
 
+def coded(value: object) -> Html:
+    """Text in which what stands between backticks is shown as code."""
+    parts = str(value).split("`")
+    # An odd one out opens nothing.
+    if len(parts) % 2 == 0:
+        return text(value)
+    return joined(element("code", part) if place % 2 else part for place, part in enumerate(parts))
+
+
 def element(name: str, *parts: object, **attributes: object) -> Html:
     """`<name attributes>parts</name>`, all of it escaped but what is `Html`; `class_` is written `class`."""
     given = "".join(f' {key.rstrip("_")}="{text(value)}"' for key, value in attributes.items() if value is not None)
@@ -82,7 +93,8 @@ def figure(value: object, digits: int = 3) -> str:
         return str(value)
     if value != 0 and abs(value) < 0.5 * 10**-digits:
         return f"{value:.1e}"
-    return f"{value:.{digits}f}"
+    # Never `-0.000`.
+    return f"{value + 0.0:.{digits}f}"
 
 
 def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> Html:
@@ -165,25 +177,40 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     return texts
 
 
-def page(title: str, body: object) -> str:
-    """A whole page: the title as heading, then the body, whose parts are `Html`."""
+def page(title: str, body: object, style: str = "") -> str:
+    """A whole page: the title as heading, then the body, whose parts are `Html`.
+
+    Args:
+        title: Its title.
+        body: What follows.
+        style: CSS beside the page's own. It is written as it is, so nothing of data may be in it.
+    """
     head = (
         '<meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"{element('title', title)}<style>{_STYLE}</style>"
+        f"{element('title', title)}<style>{_STYLE}{style}</style>"
     )
     heading = element("h1", title)
     return f"<!DOCTYPE html>\n<html><head>{head}</head>\n<body>{heading}\n{text(body)}\n</body></html>\n"
 
 
-def write_page(path: str | Path, title: str, body: object) -> None:
-    """Write a page whole or not at all; its folder is made if there is none.
+def frame(body: object) -> str:
+    """A part that is shown alone in a small frame, such as a table's cell: the page's style and policy, no heading."""
+    head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+    small = "body { margin: 0; padding: .2rem; max-width: none; }"
+    return (
+        f"<!DOCTYPE html>\n<html><head>{head}<style>{_STYLE}{small}</style></head><body>{text(body)}</body></html>\n"
+    )
+
+
+def write_page(path: str | Path, title: str, body: object, style: str = "") -> None:
+    """Write a page, as `page` makes it, whole or not at all; its folder is made if there is none.
 
     Raises:
         OSError: If it cannot be written.
     """
-    write_whole(Path(path), page(title, body))
+    write_whole(Path(path), page(title, body, style))
 
 
 def _shaded(token: str, values: Sequence[float | None], maximum: float) -> Html:

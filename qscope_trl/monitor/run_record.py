@@ -4,14 +4,15 @@ Training writes them, `qscope audit` adds one, `qscope report` and the model car
 
 | file | rows or keys |
 |---|---|
-| `run.json` | what is trained on and how: `model`, `trainer`, `sae`, `penalty`, `features`, `monitors`, `rewards`, `policy`, `uses`, `arguments`, `versions`, `hardware`, `started`, `num_processes` |
+| `run.json` | what is trained on and how: `model`, `trainer`, `sae`, `penalty`, `features`, `monitors`, `rewards`, `policy`, `control` (`kind`, and `of`: the chosen features that are only measured), `uses`, `drift` (`limits`, `on_drift`, `every`, `layers`, `num_texts`, `num_tokens`, `reference_mib`, `begin_seconds`), `arguments`, `versions`, `hardware`, `started`, `num_processes` |
 | `log.jsonl` | every log event of the trainer, as it came |
-| `drift.jsonl` | `layers` (per layer `fvu`, `l0`, `dead_rate`, `jaccard`, `activation_cosine`, `residual_cosine`), `kl`, `crossed`, `action`, `seconds` |
+| `drift.jsonl` | `layers` (per layer `fvu`, `fvu_ratio`, `l0`, `dead_rate`, `jaccard`, `activation_cosine`, `residual_cosine`), `kl` (null where not measured), `crossed` (limits such as `L5/min_jaccard`, `max_kl`), `action` (`warn` or `stop` if any is crossed, else null), `seconds`, `cost_share` (null without one) |
+| `drift_reference.safetensors` | what the frozen model showed on the probe; see `monitor/drift.py` |
 | `histograms.jsonl` | per feature: `feature`, `kind` (`penalised` or `monitor`), `edges`, `counts`, `num_tokens` |
 | `texts.jsonl` | fixed texts: `index`, `tokens`, `values` (feature to a value per token, null where not read) |
 | `samples.jsonl` | generations from fixed prompts: `index`, `prompt`, `text`, `tokens`, `values`, `is_shown` (the text detector's verdict, or null), `detector` |
 | `rollouts.jsonl` | GRPO: `prompt`, `tokens`, `values`, `score`, `advantage`, `policy`, `rewards` |
-| `alarms.jsonl` | `kind`, `message` |
+| `alarms.jsonl` | `kind`, `message`, `shares` (present over first value, by name in the log) |
 | `overhead.jsonl` | `steps`, `step_seconds` (their sum), `parts` (name to seconds) since the row before |
 | `end.json` | `step`, `seconds`, `finished`, `metrics` |
 | `audit.json` | what `qscope audit` found |
@@ -26,7 +27,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,18 @@ class RunRecord:
             except OSError as err:
                 self._give_up(err)
 
+    def put_file(self, name: str, write: Callable[[Path], None]) -> None:
+        """Write the file `NAME` whole, by a function that is given where to write it."""
+        if self.writes:
+            temporary = self.folder / f".{name}.{os.getpid()}"
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write(temporary)
+                os.replace(temporary, self.folder / name)
+            except OSError as err:
+                temporary.unlink(missing_ok=True)
+                self._give_up(err)
+
     def get(self, name: str) -> dict[str, Any] | None:
         """`NAME.json`, or None if there is none.
 
@@ -119,23 +132,30 @@ class RunRecord:
         Raises:
             DataError: If another line is damaged.
         """
+        return list(self.each(name))
+
+    def each(self, name: str) -> Iterator[dict[str, Any]]:
+        """The same one by one, for files that are larger than what is wanted of them.
+
+        Raises:
+            DataError: If a line is damaged, when it is reached.
+        """
         path = self.folder / f"{name}.jsonl"
         if not path.is_file():
-            return []
-        lines = path.read_text(encoding="utf-8").split("\n")
-        rows: list[dict[str, Any]] = []
-        for number, line in enumerate(lines, 1):
-            if not line:
-                continue
-            try:
-                row = json.loads(line)
-                row["step"] = int(row["step"])
-            except (ValueError, TypeError, KeyError) as err:
-                if number == len(lines):
-                    break
-                raise DataError(f"Line {number} of '{path}' is damaged. Delete that line to go on.") from err
-            rows.append(row)
-        return rows
+            return
+        # Bytes, as a killed run may have cut the last character too.
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line == b"\n":
+                    continue
+                try:
+                    row = json.loads(line)
+                    row["step"] = int(row["step"])
+                except (ValueError, TypeError, KeyError) as err:
+                    if not line.endswith(b"\n"):
+                        return
+                    raise DataError(f"Line {number} of '{path}' is damaged. Delete that line to go on.") from err
+                yield row
 
     def _give_up(self, err: OSError) -> None:
         self.writes = False

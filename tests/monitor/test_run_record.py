@@ -38,6 +38,16 @@ def test_going_on_from_a_step_drops_what_came_after_it(tmp_path: Path) -> None:
     assert record.rows("log") == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
 
 
+def test_a_line_cut_inside_a_character_is_left_out(tmp_path: Path) -> None:
+    record = RunRecord(tmp_path)
+    record.add("log", 1, {"text": "中"})
+    with open(record.folder / "log.jsonl", "ab") as file:
+        file.write('{"step": 2, "text": "中'.encode()[:-1])
+    assert list(record.each("log")) == [{"step": 1, "text": "中"}]
+    record.begin(1)
+    assert record.rows("log") == [{"step": 1, "text": "中"}]
+
+
 def test_a_new_run_keeps_the_last_one_beside_it(tmp_path: Path) -> None:
     for name in ("first", "second", "third"):
         record = RunRecord(tmp_path)
