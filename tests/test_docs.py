@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shlex
-import subprocess
-import sys
-import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from qscope_trl import FeatureSet
-from qscope_trl.cli import main
+from tests.forked import run_forked
+from tests.snippets import pages_that_run, run_blocks, to_run
 
 ROOT = Path(__file__).parent.parent
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "CI": "1"}
 
 
 def run(code: str, folder: Path) -> str:
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
+    done = run_forked(code, folder=folder, environment={"HF_HUB_OFFLINE": "1", "CI": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -97,31 +90,36 @@ def test_the_readmes_grpo_script_runs_on_the_bundled_model(tmp_path: Path) -> No
     assert max(score for score, _ in steps) > 0
 
 
-@pytest.mark.parametrize("name", ["training.md", "grpo.md", "find.md", "kernels.md"])
-def test_python_of_the_docs_runs_in_order(name: str, tmp_path: Path) -> None:
-    found = blocks(ROOT / "docs" / name)
-    assert found
-    run("\n".join(found), tmp_path)
-    if name == "find.md":
+def test_the_readmes_steering_runs_on_the_bundled_model() -> None:
+    found = blocks(ROOT / "README.md")
+    assert len(found) == 3, "a block of the README without a test"
+    script = found[2]
+    for given, local in [
+        ('"Qwen/SAE-Res-Qwen3-8B-Base-W64K-L0_50"', "assets.saes()"),
+        ('["L34F31"]', '["L5F23"]'),
+        ("**inputs", "**inputs, max_new_tokens=4"),
+    ]:
+        assert given in script
+        script = script.replace(given, local)
+    before = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\nfrom qscope_trl.demo import assets\n"
+        "model = AutoModelForCausalLM.from_pretrained(assets.MODEL)\n"
+        "inputs = AutoTokenizer.from_pretrained(assets.MODEL)('Insert a', return_tensors='pt')\n"
+    )
+    run_blocks([("python", before + script)], "README.md")
+
+
+@pytest.mark.parametrize("path", pages_that_run(), ids=lambda p: p.name)
+def test_commands_and_python_of_the_docs_run_in_order(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_blocks(to_run(path.read_text(encoding="utf-8")), path.name)
+    if path.name == "find.md":
         chosen = FeatureSet.load(tmp_path / "features" / "zh.yaml")
         assert chosen.layers == (4, 5)
         assert {"L4F1740", "L5F23"} <= {str(feature) for feature in chosen.ids}
         assert all(feature.evidence["heldout_mean_difference"] > 0 for feature in chosen.features)
-
-
-# Pages whose commands and Python all run, in order, in one folder and one process.
-WHOLE_PAGES = ("curate.md", "doctor.md", "evalmap.md", "index.md", "rules.md", "steer.md", "synthesize.md")
-
-
-@pytest.mark.parametrize("name", WHOLE_PAGES)
-def test_commands_and_python_of_the_docs_run_in_order(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
-    found = re.findall(r"^```(bash|python)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    assert {language for language, _ in found} == {"bash", "python"}
-    monkeypatch.chdir(tmp_path)
-    run_blocks(found, name)
 
 
 def test_the_readmes_commands_run_on_the_bundled_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,19 +128,3 @@ def test_the_readmes_commands_run_on_the_bundled_model(tmp_path: Path, monkeypat
     assert {line.split()[1] for line in block.splitlines()} >= {"doctor", "find", "index", "rules", "steer", "evalmap"}
     monkeypatch.chdir(tmp_path)
     run_blocks([("bash", block)], "README.md")
-
-
-def run_blocks(found: list[tuple[str, str]], name: str) -> None:
-    """Python and `qscope` commands, one after the other, in this process."""
-    variables: dict[str, Any] = {"__name__": "__main__"}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for language, block in found:
-            if language == "python":
-                exec(compile(block, name, "exec"), variables)
-                continue
-            for command in block.replace("\\\n", " ").splitlines():
-                words = shlex.split(command, comments=True)
-                if words:
-                    assert words[0] == "qscope", command
-                    assert main(words[1:]) == 0, command
