@@ -9,7 +9,7 @@ from qscope_trl.activations.sources import ChatRenderer
 from qscope_trl.errors import DataError
 
 
-def chat_renderer(tokenizer: Any, *, name: str) -> ChatRenderer:
+def chat_renderer(tokenizer: Any, *, name: str, add_generation_prompt: bool = False) -> ChatRenderer:
     """Renders conversations to texts that `encode.tokenize` turns into the template's own token ids.
 
     A BOS token that both the template writes and the tokenizer adds is taken off the text, so that it comes once.
@@ -17,6 +17,7 @@ def chat_renderer(tokenizer: Any, *, name: str) -> ChatRenderer:
     Args:
         tokenizer: A transformers tokenizer.
         name: Name of its model, for messages.
+        add_generation_prompt: Whether the text ends where the assistant is to answer.
 
     Returns:
         A function that raises `DataError` if there is no template, or it refuses a conversation.
@@ -33,7 +34,9 @@ def chat_renderer(tokenizer: Any, *, name: str) -> ChatRenderer:
         from jinja2 import TemplateError
 
         try:
-            text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+            text = str(
+                tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+            )
         except (TemplateError, TypeError, ValueError, KeyError) as err:
             raise DataError(f"The chat template of '{name}' refuses a conversation: {err}") from err
         return text.removeprefix(bos) if adds_bos and bos is not None else text
@@ -41,7 +44,9 @@ def chat_renderer(tokenizer: Any, *, name: str) -> ChatRenderer:
     return render
 
 
-def model_chat_renderer(model: str, *, revision: str | None = None) -> ChatRenderer:
+def model_chat_renderer(
+    model: str, *, revision: str | None = None, add_generation_prompt: bool = False
+) -> ChatRenderer:
     """`chat_renderer` for commands that read texts before they load the model.
 
     The tokenizer is loaded when the first conversation comes, so data without any need none.
@@ -49,6 +54,7 @@ def model_chat_renderer(model: str, *, revision: str | None = None) -> ChatRende
     Args:
         model: Hub id, folder, or `demo` for the bundled one.
         revision: Its commit, tag or branch.
+        add_generation_prompt: As in `chat_renderer`.
 
     Returns:
         As `chat_renderer`; raises `ConfigError` too, if the tokenizer cannot be loaded.
@@ -57,7 +63,8 @@ def model_chat_renderer(model: str, *, revision: str | None = None) -> ChatRende
 
     def render(messages: list[Any]) -> str:
         if not found:
-            found.append(chat_renderer(open_tokenizer(model, revision=revision), name=model))
+            tokenizer = open_tokenizer(model, revision=revision)
+            found.append(chat_renderer(tokenizer, name=model, add_generation_prompt=add_generation_prompt))
         return found[0](messages)
 
     return render

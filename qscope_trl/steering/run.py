@@ -14,6 +14,7 @@ from typing import Any
 
 from qscope_trl.activations.encode import residual_batches
 from qscope_trl.activations.opening import open_model
+from qscope_trl.activations.sampling import Generation, Sampling, generate
 from qscope_trl.activations.sources import open_source, text_columns, text_of
 from qscope_trl.bundled import sae_path
 from qscope_trl.config.steer import PHASES, SteerConfig
@@ -26,7 +27,6 @@ from qscope_trl.sae.suite import SAESuite
 from qscope_trl.steering import show
 from qscope_trl.steering.calibration import Calibration, calibrate
 from qscope_trl.steering.exports import export
-from qscope_trl.steering.sampling import Generation, Sampling, generate
 from qscope_trl.steering.steer import steer
 from qscope_trl.steering.sweep import Sweep, run_sweep
 

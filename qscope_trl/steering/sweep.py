@@ -17,12 +17,12 @@ from tqdm.auto import tqdm
 
 from qscope_trl.activations.feature_table import TableEncoder
 from qscope_trl.activations.matching import draw_matched, token_rates
+from qscope_trl.activations.sampling import Generation, Sampling, generate, perplexity
 from qscope_trl.errors import DataError, QScopeWarning
 from qscope_trl.features import FeatureSet
 from qscope_trl.monitor.detectors import Detector, rate_interval, ratio, ratio_interval, text_detector
 from qscope_trl.rules import load_rule
 from qscope_trl.sae.suite import SAESuite
-from qscope_trl.steering.sampling import Generation, Sampling, generate, perplexity
 
 Behaviour = Callable[[Sequence[str]], list[bool]]
 Steered = Callable[[FeatureSet, float], AbstractContextManager[Any]]

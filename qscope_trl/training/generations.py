@@ -8,9 +8,11 @@ Shape legend: `C` completion tokens of one rollout, `S` features.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qscope_trl.errors import AttachError
@@ -24,6 +26,14 @@ _SHAPES = {
     "_generate": ("prompts",),
     "_generate_and_score_completions": ("inputs",),
     "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
+}
+
+
+_MARKS = {
+    "amplify_negative": "amplified",
+    "zero_advantage": "zeroed",
+    "screen": "screened",
+    "steered_negative": "steered",
 }
 
 
@@ -56,6 +66,65 @@ class Rollouts:
     generated: list[list[int]] | None
     next_row: dict[str, int] = field(default_factory=lambda: {"policy": 0, "frozen": 0})
     found: dict[str, list[dict[str, RolloutActivations] | None]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SeenRollouts:
+    """One generation of this process as it will be trained on.
+
+    Args:
+        rollouts: Prompts and completions as token ids.
+        scores: For each rollout, what each reader showed, or None.
+        rewards_BF: Reward of each rollout by each function, in the trainer's order; NaN where there is none.
+        before_B: Advantages before the rollout policy.
+        after_B: Advantages that are trained on; the mean over a rollout's tokens, where they have their own.
+        marks: What the policy did to each rollout, such as `steered`; empty where it did nothing.
+    """
+
+    rollouts: Rollouts
+    scores: Sequence[Mapping[str, RolloutActivations] | None]
+    rewards_BF: Tensor | None
+    before_B: Tensor
+    after_B: Tensor
+    marks: Sequence[str]
+
+
+def see_rollouts(
+    trainer: Any,
+    rollouts: Rollouts,
+    scores: Sequence[Mapping[str, RolloutActivations] | None],
+    gathered: Tensor | None,
+    before: Tensor,
+    output: Mapping[str, Any],
+    policy: Any,
+) -> SeenRollouts:
+    """What an observer is told of a generation.
+
+    Args:
+        trainer: Whose it is.
+        rollouts: Those of this process.
+        scores: What each reader showed of them.
+        gathered: Rewards of all processes, as the policy left them, or None.
+        before: Advantages before the policy.
+        output: What TRL will train on.
+        policy: The rollout policy, or None.
+    """
+    first = trainer.accelerator.process_index * len(rollouts.completions)
+    rewards_BF = None if gathered is None else gathered[first : first + len(rollouts.completions)]
+    after, mask = output["advantages"], output["completion_mask"]
+    after_B, before_B = (
+        (one * mask).sum(-1) / mask.sum(-1).clamp(min=1) if one.dim() == 2 else one for one in (after, before)
+    )
+    kind, changed_B = getattr(policy, "kind", ""), torch.zeros(before.shape[0], dtype=torch.bool)
+    if kind == "steered_negative" and policy.steered_B is not None:
+        changed_B = policy.steered_B
+    elif kind == "screen" and rewards_BF is not None:
+        changed_B = rewards_BF.isnan().all(-1)
+    elif kind in ("amplify_negative", "zero_advantage"):
+        wide = before[:, None] if after.dim() > before.dim() else before
+        changed_B = (after != wide).reshape(before.shape[0], -1).any(-1)
+    marks = [_MARKS.get(kind, "") if changed else "" for changed in changed_B.tolist()]
+    return SeenRollouts(rollouts, scores, rewards_BF, before_B, after_B, marks)
 
 
 def refuse_unknown_shape(trainer: Any) -> None:

@@ -324,6 +324,11 @@ class RolloutPolicy:
             rows = (after * mask).sum(-1) / mask.sum(-1).clamp(min=1) if after.dim() == 2 else after
             _mend_logged_advantages(trainer, rows)
 
+    @property
+    def steered_B(self) -> Tensor | None:
+        """Which rollouts of this process were steered in the last generation, or None."""
+        return self._steered_B
+
     # --- details -------------------------------------------------------------------------------------------------
 
     def _rollout_scores(self, scores: Scores, device: torch.device) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -26,11 +26,13 @@ from qscope_trl.training.checks import finite_tokens, processes_with
 from qscope_trl.training.generations import (
     RolloutActivations,
     Rollouts,
+    SeenRollouts,
     find_rollouts,
     last_logits,
     padded_rollouts,
     read_generation,
     refuse_unknown_shape,
+    see_rollouts,
     shows_frozen,
 )
 from qscope_trl.training.opening import on_every_process, open_features
@@ -48,6 +50,12 @@ _ATTRIBUTE = "_qscope_rollout_scoring"
 _log = logging.getLogger("qscope_trl")
 
 
+def scoring_of(trainer: Any) -> RolloutScoring | None:
+    """The scoring of a trainer, if it has one."""
+    found = getattr(trainer, _ATTRIBUTE, None)
+    return found if isinstance(found, RolloutScoring) else None
+
+
 class RolloutScoring:
     """Reads features from the rollouts of one GRPO or RLOO trainer.
 
@@ -61,12 +69,15 @@ class RolloutScoring:
         self.readers: dict[str, FeatureReader] = {}
         self.num_forwards = 0
         self.policy: Any = None
+        self.observers: list[Callable[[SeenRollouts], None]] = []
+        """Called with each generation of training, after the policy."""
         self.scores: list[Mapping[str, RolloutActivations] | None] = []
         self._opened: dict[str, dict[int, LayerFeatures]] = {}
         self._described: tuple[Any, Any] = ((), None)
         self._rollouts: Rollouts | None = None
         self._window: ExitStack | None = None
         self._listening: ExitStack | None = None
+        self._rewards_BF: Tensor | None = None
         self._said = False
         for name, wrapper in (
             ("_generate", self._wrap_generate),
@@ -83,8 +94,13 @@ class RolloutScoring:
         Raises:
             AttachError: If the trainer's methods are not as in the versions this package knows.
         """
+        return cls.found_on(trainer) or cls(trainer)
+
+    @classmethod
+    def found_on(cls, trainer: Any) -> RolloutScoring | None:
+        """The trainer's scoring, if it has one."""
         found = getattr(trainer, _ATTRIBUTE, None)
-        return found if isinstance(found, RolloutScoring) else cls(trainer)
+        return found if isinstance(found, RolloutScoring) else None
 
     def add(self, reader: FeatureReader) -> None:
         """Read these features too; a second call with the same reader does nothing.
@@ -129,21 +145,27 @@ class RolloutScoring:
         @functools.wraps(original)
         def generate_and_score(inputs: Any, *args: Any, **kwargs: Any) -> Any:
             self.open()
-            if any(key in inputs[0] for key in ("image", "images")):
+            if (self.readers or self.policy is not None) and any(key in inputs[0] for key in ("image", "images")):
                 raise AttachError(
                     "Rollouts with images cannot be scored: their tokens are not in the token ids. Train without "
                     "feature rewards and rollout policies, or on text."
                 )
-            self.scores, self._rollouts = [], None
+            self.scores, self._rollouts, self._rewards_BF = [], None, None
             with ExitStack() as window:
                 self._window = window
                 try:
                     output = original(inputs, *args, **kwargs)
                 finally:
                     self._window = self._listening = None
+            rollouts: Rollouts | None = self._rollouts
             self._rollouts = None
+            before = output["advantages"]
             if self.policy is not None:
                 self.policy.after_scoring(self.trainer, output, self.scores)
+            if self.observers and rollouts is not None and self.trainer.model.training:
+                seen = see_rollouts(self.trainer, rollouts, self.scores, self._rewards_BF, before, output, self.policy)
+                for observe in self.observers:
+                    observe(seen)
             return output
 
         return generate_and_score
@@ -170,6 +192,9 @@ class RolloutScoring:
         def calculate_rewards(inputs: Any, *args: Any, **kwargs: Any) -> Any:
             if self._rollouts is None or self._listening is None:
                 return original(inputs, *args, **kwargs)
+            if not self.readers and self.policy is None:
+                self._rewards_BF = original(inputs, *args, **kwargs)
+                return self._rewards_BF
             self._read_missing()
             self._listening.close()
             self.scores = self._collect()
@@ -180,7 +205,10 @@ class RolloutScoring:
                 for row, scores in zip(inputs, self.scores, strict=True)
             ]
             rewards = original(rows, *args, **kwargs)
-            return rewards if self.policy is None else self.policy.after_rewards(self.trainer, rewards, self.scores)
+            if self.policy is not None:
+                rewards = self.policy.after_rewards(self.trainer, rewards, self.scores)
+            self._rewards_BF = rewards
+            return rewards
 
         return calculate_rewards
 

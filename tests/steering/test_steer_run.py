@@ -13,6 +13,7 @@ import torch
 
 from qscope_trl import FeatureSet, SAESuite
 from qscope_trl.activations.opening import open_model
+from qscope_trl.activations.sampling import Generation, Sampling, generate, perplexity
 from qscope_trl.bundled import sae_path
 from qscope_trl.cli import main
 from qscope_trl.config.steer import SteerConfig
@@ -20,7 +21,6 @@ from qscope_trl.errors import ConfigError, DataError, QScopeWarning
 from qscope_trl.monitor.detectors import num_chinese, text_detector
 from qscope_trl.steering import show
 from qscope_trl.steering.run import format_result, run
-from qscope_trl.steering.sampling import Generation, Sampling, generate, perplexity
 from qscope_trl.steering.steer import steer
 from qscope_trl.steering.sweep import Point, Sweep, draw_controls, open_behaviour
 

@@ -34,7 +34,7 @@ class Generation(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to generate; see `SteerConfig`."""
+    """How to generate: the settings of `qscope steer`, and of the dashboard."""
 
     max_new_tokens: int = 64
     temperature: float = 1.0
@@ -45,8 +45,23 @@ class Sampling:
     show_progress: bool = False
 
 
-@torch.no_grad()
 def generate(model: Any, tokenizer: Any, prompts: Sequence[str], settings: Sampling) -> list[Generation]:
+    """One continuation of each prompt, in their order; see `generate_from_ids`.
+
+    Args:
+        model: A transformers model on its device.
+        tokenizer: Its tokenizer.
+        prompts: The prompts; of each, the last `max_length` tokens count.
+        settings: How to sample.
+    """
+    ids = tokenize(tokenizer, prompts, max_length=settings.max_length, positions="last")
+    return generate_from_ids(model, tokenizer, ids, settings)
+
+
+@torch.no_grad()
+def generate_from_ids(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], settings: Sampling
+) -> list[Generation]:
     """One continuation of each prompt, in their order; the same seed draws the same random numbers.
 
     Prompts of like length share a batch. Each batch is seeded by itself, so that one that ends early does not change
@@ -55,10 +70,10 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[str], settings: Sampl
     Args:
         model: A transformers model on its device.
         tokenizer: Its tokenizer.
-        prompts: The prompts.
+        prompts: Token ids of each prompt; an empty one begins with the tokenizer's first token.
         settings: How to sample.
     """
-    ids = tokenize(tokenizer, prompts, max_length=settings.max_length, positions="last")
+    ids = [list(row) for row in prompts]
     for place, row in enumerate(ids):
         if not row:
             ids[place] = [_first_token(tokenizer)]
