@@ -24,6 +24,9 @@ _ABOUT = {
     "curate": "filter, tag, deduplicate and rebalance a dataset by features",
     "synthesize": "generate texts for features that a dataset does not cover",
     "evalmap": "which evaluation sets measure the same thing, by the features of their samples",
+    "report": "one page of a run, that needs no account: what was trained on, curves, texts, drift, alarms",
+    "audit": "a tuned model against its base: is the behaviour gone, or only the feature silent?",
+    "dashboard": "a wandb workspace for the runs of a project",
     "steer": "plain and steered text side by side, calibration, sweeps with controls, exports",
     "demo": "the whole job on a small bundled model: find, fine-tune, compare",
     "build": "compile the kernels ahead of time, instead of on first use",
@@ -92,6 +95,9 @@ def _dispatch(argv: list[str]) -> int:
         "curate": _curate,
         "synthesize": _synthesize,
         "evalmap": _evalmap,
+        "report": _report,
+        "audit": _audit,
+        "dashboard": _dashboard,
         "steer": _steer,
         "demo": _demo,
         "build": _build,
@@ -230,6 +236,46 @@ def _evalmap(argv: list[str]) -> int:
     from qscope_trl.analysis.evalmap import run
 
     sys.stdout.write(run.format_result(run.run(config)))
+    return 0
+
+
+def _report(argv: list[str]) -> int:
+    from qscope_trl.config.report import ReportConfig
+    from qscope_trl.parsing import parse_flags
+
+    config = parse_flags(argv, ReportConfig, prog="qscope report", description="One page of a run.")
+
+    from qscope_trl.monitor.report import run
+
+    sys.stdout.write(run.format_result(run.run(config)))
+    return 0
+
+
+def _audit(argv: list[str]) -> int:
+    from qscope_trl.config.audit import AuditConfig
+    from qscope_trl.parsing import parse_flags
+
+    config = parse_flags(
+        argv, AuditConfig, prog="qscope audit", description="Is the behaviour gone, or only the feature silent?"
+    )
+
+    from qscope_trl.analysis.audit import run
+
+    sys.stdout.write(run.format_result(run.run(config)))
+    return 0
+
+
+def _dashboard(argv: list[str]) -> int:
+    from qscope_trl.config.dashboard import DashboardConfig
+    from qscope_trl.parsing import parse_flags
+
+    config = parse_flags(
+        argv, DashboardConfig, prog="qscope dashboard", description="A wandb workspace for the runs of a project."
+    )
+
+    from qscope_trl.monitor import workspace
+
+    sys.stdout.write(workspace.format_result(workspace.run(config)))
     return 0
 
 

@@ -220,6 +220,7 @@ class TextFigures:
         self.act_sum_XS = torch.zeros(shape, dtype=torch.float64, device=device)
         self.act_max_XS = torch.zeros(shape, dtype=torch.float64, device=device)
         self.pre_act_max_XS = torch.full(shape, -torch.inf, dtype=torch.float64, device=device)
+        self.fired_XS = torch.zeros(shape, dtype=torch.int32, device=device)
 
     def update(self, x_ND: Tensor, text_index_N: Tensor) -> None:
         """Add the tokens of a batch; all kept tokens of a text must come in one batch."""
@@ -236,6 +237,7 @@ class TextFigures:
             value = active.value[chosen]
             self.act_sum_XS.view(-1).index_add_(0, place, value)
             self.act_max_XS.view(-1).scatter_reduce_(0, place, value, "amax")
+            self.fired_XS.view(-1).index_add_(0, place, torch.ones_like(place, dtype=torch.int32))
 
 
 def collect(

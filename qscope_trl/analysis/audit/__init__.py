@@ -1,0 +1,1 @@
+"""`qscope audit`: whether the behaviour went away, or the features alone fell silent."""
