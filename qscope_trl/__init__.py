@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qscope_trl.errors import QScopeError, QScopeWarning
     from qscope_trl.features import Feature, FeatureId, FeatureSet
     from qscope_trl.hooks.residual import ResidualHook
+    from qscope_trl.monitor.drift import DriftLimits
     from qscope_trl.rules.rule import Rule, compile_rule, load_rule
     from qscope_trl.sae.suite import SAESuite
     from qscope_trl.sae.topk_sae import TopKSAE
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from qscope_trl.training.callback import SAEPenaltyCallback
     from qscope_trl.training.checkpoints import CompleteCheckpoints, last_complete_checkpoint
     from qscope_trl.training.collator import GroupCollator
+    from qscope_trl.training.dashboard import FeatureDashboard
+    from qscope_trl.training.drift import DriftMonitor
     from qscope_trl.training.grpo import SAEGRPOMixin, SAEGRPOTrainer, SAERLOOTrainer
     from qscope_trl.training.rewards import FeatureReward
     from qscope_trl.training.rollouts import RolloutPolicy
@@ -35,7 +38,10 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "CompleteCheckpoints": "qscope_trl.training.checkpoints",
     "ConceptAblation": "qscope_trl.training.steering_callbacks",
+    "DriftLimits": "qscope_trl.monitor.drift",
+    "DriftMonitor": "qscope_trl.training.drift",
     "Feature": "qscope_trl.features",
+    "FeatureDashboard": "qscope_trl.training.dashboard",
     "FeatureId": "qscope_trl.features",
     "FeatureReward": "qscope_trl.training.rewards",
     "FeatureSet": "qscope_trl.features",
@@ -68,7 +74,10 @@ _PUBLIC = {
 __all__ = [
     "CompleteCheckpoints",
     "ConceptAblation",
+    "DriftLimits",
+    "DriftMonitor",
     "Feature",
+    "FeatureDashboard",
     "FeatureId",
     "FeatureReward",
     "FeatureSet",

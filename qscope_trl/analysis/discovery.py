@@ -18,13 +18,14 @@ from qscope_trl.activations.encode import Positions, ResidualBatch, residual_bat
 from qscope_trl.activations.opening import load_encoders
 from qscope_trl.analysis.choosing import candidates, choose, describe, examine_search
 from qscope_trl.analysis.evidence import GroupSums, TextFigures, collect, scores
-from qscope_trl.analysis.outliers import MAX_NORM_RATIO, NormLimits, norm_limits
+from qscope_trl.analysis.outliers import NormLimits, norm_limits
 from qscope_trl.analysis.text_scores import KEEP
 from qscope_trl.analysis.texts import TextGroup, prepare_group
 from qscope_trl.config.find import RANK_BY, SELECT
 from qscope_trl.errors import ConfigError, DataError
 from qscope_trl.features import Feature, FeatureSet
 from qscope_trl.hooks.layers import find_layers
+from qscope_trl.monitor.fit_sums import MAX_NORM_RATIO
 from qscope_trl.sae.suite import SAESuite
 from qscope_trl.sae.topk_sae import TopKSAE
 

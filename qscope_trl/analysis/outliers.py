@@ -15,14 +15,7 @@ from torch import Tensor, nn
 
 from qscope_trl.activations.encode import Positions, residual_batches
 from qscope_trl.errors import ConfigError
-
-MAX_NORM_RATIO = 10.0
-"""Default multiple of the median norm above which a token is left out.
-
-References:
-    `ActivationBuffer` of github.com/saprmarks/dictionary_learning, which filters the training data of SAEs in this way
-    and calls 10 a good default, for the sake of Qwen models.
-"""
+from qscope_trl.monitor.fit_sums import MAX_NORM_RATIO
 
 # A thousand tokens or more: their median is within some percent of that of all.
 _SAMPLE_TEXTS = 16

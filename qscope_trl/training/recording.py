@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from qscope_trl.features import FeatureId
 from qscope_trl.files import write_whole
 from qscope_trl.monitor import model_card
 from qscope_trl.monitor.run_record import RunRecord
+from qscope_trl.sae.suite import SAESuite
 from qscope_trl.training.checkpoints import CompleteCheckpoints
 from qscope_trl.training.reader import FeatureReader
 
@@ -46,9 +48,13 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
     It neither looks at the model nor draws random numbers, and only the main process writes. `used_features.json` is
     written into every checkpoint and, at the end, into `output_dir`; the model card that the trainer makes gains a
     section on the features.
+
+    Args:
+        is_enabled: Whether anything is written.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_enabled: bool = True) -> None:
+        self._is_enabled = is_enabled
         self.record = RunRecord(".", writes=False)
         self._trainer: Any = None
         self._parts: dict[str, Any] = {}
@@ -79,7 +85,7 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
             return
         self.leave()
         self._trainer, self._has_run = trainer, False
-        self.record = RunRecord(trainer.args.output_dir, writes=trainer.is_world_process_zero())
+        self.record = RunRecord(trainer.args.output_dir, writes=self._is_enabled and trainer.is_world_process_zero())
         self._parts, self._uses = {}, read_used(getattr(trainer.model.config, "_name_or_path", ""))
         present = list(trainer.callback_handler.callbacks)
         self._marks = CompleteCheckpoints.of(trainer)
@@ -214,7 +220,7 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
             return
         if self._steps or self._seconds or self._events:
             self._add_overhead(state)
-        last = state.log_history[-1] if state.log_history else {}
+        last = next((entry for entry in reversed(state.log_history) if "train_runtime" in entry), {})
         self.record.put(
             "end",
             {
@@ -283,6 +289,33 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
             return result
 
         return create_model_card
+
+
+def describe_penalty(recorder: RunRecorder, attachment: Any) -> None:
+    """Put into the record what a penalty is on and what it only measures, and which features it trains on.
+
+    Args:
+        recorder: Of the trainer that it is attached to.
+        attachment: The `PenaltyAttachment`.
+    """
+    features, monitors, control_of = attachment.features, attachment.monitor_features, attachment.control_of
+    source, revision, _ = attachment._source
+    opened = source.source if isinstance(source, SAESuite) else str(source)
+    if monitors is not None:
+        recorder.warn_of_used(monitors.ids)
+    if attachment.config.penalty_weight > 0:
+        recorder.use(features.ids, "penalty")
+    recorder.describe(
+        sae={
+            "name": features.sae or opened,
+            "source": opened,
+            "revision": source.revision if isinstance(source, SAESuite) else revision,
+        },
+        penalty=asdict(attachment.config),
+        features=features.to_dict(),
+        monitors=None if monitors is None else monitors.to_dict(),
+        control=None if control_of is None else {"kind": "random", "of": control_of.to_dict()},
+    )
 
 
 def describe_rollouts(trainer: Any, readers: Iterable[FeatureReader], policy: Any) -> None:

@@ -45,7 +45,7 @@ def test_a_run_leaves_what_was_trained_on_its_log_its_seconds_and_its_end(saes: 
     assert FeatureSet.from_dict(run["features"]).ids == FeatureSet.load(NAMES).ids
     assert FeatureSet.from_dict(run["monitors"]).ids == FeatureSet.load(["L3F1"]).ids
     assert (run["trainer"], run["num_processes"], run["penalty"]["penalty_weight"]) == ("SFTTrainer", 1, 0.5)
-    assert run["sae"]["name"] == str(saes)
+    assert run["sae"] == {"name": str(saes), "source": str(saes), "revision": None}
     assert run["uses"] == {"L1F3": ["penalty"], "L2F40": ["penalty"]}
     assert run["arguments"]["learning_rate"] == 1e-2
     # The trainer takes its count of operations out of what it tells callbacks.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, linear
 
-from qscope_trl.analysis.doctor.sums import codes, jaccard, sparse, value_error
+from qscope_trl.monitor.fit_sums import codes, jaccard, sparse, value_error
 from qscope_trl.ops.reference import TopKActs, pre_activations, token_chunks
 from qscope_trl.sae.topk_sae import TopKSAE
 

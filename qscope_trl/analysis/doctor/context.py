@@ -15,7 +15,7 @@ from torch import nn
 from qscope_trl.analysis.doctor.fit import Run, Survey
 from qscope_trl.analysis.doctor.reading import read
 from qscope_trl.analysis.doctor.result import ContextFit
-from qscope_trl.analysis.doctor.sums import FitSums, codes, jaccard
+from qscope_trl.monitor.fit_sums import FitSums, codes, jaccard
 from qscope_trl.ops.reference import TopKActs
 from qscope_trl.sae.topk_sae import TopKSAE
 

@@ -19,9 +19,8 @@ from qscope_trl.analysis.doctor import alternatives as other
 from qscope_trl.analysis.doctor.chosen import Watch, watched
 from qscope_trl.analysis.doctor.reading import States, longest_first, read
 from qscope_trl.analysis.doctor.result import FeatureFiring, FirstPosition, LayerFit
-from qscope_trl.analysis.doctor.sums import FitSums, codes
-from qscope_trl.analysis.outliers import MAX_NORM_RATIO
 from qscope_trl.features import FeatureSet
+from qscope_trl.monitor.fit_sums import MAX_NORM_RATIO, FitSums, codes
 from qscope_trl.ops.reference import TopKActs
 from qscope_trl.sae.topk_sae import TopKSAE
 

@@ -16,7 +16,7 @@ from qscope_trl.analysis.doctor.fit import Survey
 from qscope_trl.analysis.doctor.reading import place_name
 from qscope_trl.analysis.doctor.result import ContextFit, Finding, LayerFit, TunedFit
 from qscope_trl.analysis.doctor.tuned import CHANGE
-from qscope_trl.analysis.outliers import MAX_NORM_RATIO
+from qscope_trl.monitor.fit_sums import MAX_NORM_RATIO
 
 
 def judge_overflow(

@@ -19,9 +19,9 @@ from qscope_trl.activations.opening import open_model
 from qscope_trl.analysis.doctor.fit import Run, Survey
 from qscope_trl.analysis.doctor.reading import longest_first, read
 from qscope_trl.analysis.doctor.result import TunedFit
-from qscope_trl.analysis.doctor.sums import FitSums, codes, jaccard
 from qscope_trl.errors import ConfigError, ModelStructureError
 from qscope_trl.hooks.layers import d_model, find_layers, text_config
+from qscope_trl.monitor.fit_sums import FitSums, codes, jaccard
 from qscope_trl.sae.topk_sae import TopKSAE
 
 CHANGE = 2.0
@@ -158,18 +158,25 @@ def divergence(base: nn.Module, tuned: nn.Module, run: Run) -> float | None:
     """
     total, count = 0.0, 0
     for i in sorted(run.probe_texts):
-        log_p, log_q = (_log_probabilities(model, run.token_ids[i]) for model in (base, tuned))
+        log_p, log_q = (log_probabilities(model, run.token_ids[i]) for model in (base, tuned))
         if log_p.shape != log_q.shape:
             return None
-        log_q = log_q.to(log_p.device)
-        # A token that the base rules out (logit -inf) adds nothing, whatever the tuned model says of it.
-        terms = torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q))
-        total += float(terms.sum(1).double().sum())
+        total += summed_divergence(log_p, log_q)
         count += log_p.shape[0]
     return total / max(1, count)
 
 
-def _log_probabilities(model: nn.Module, ids: Sequence[int]) -> torch.Tensor:
+def summed_divergence(log_p_NV: torch.Tensor, log_q_NV: torch.Tensor) -> float:
+    """Sum over tokens of KL(p || q), nats."""
+    log_q_NV = log_q_NV.to(log_p_NV.device)
+    # A token that the base rules out (logit -inf) adds nothing, whatever the tuned model says of it.
+    terms = torch.where(log_p_NV == -torch.inf, 0.0, log_p_NV.exp() * (log_p_NV - log_q_NV))
+    return float(terms.sum(1).double().sum())
+
+
+@torch.no_grad()
+def log_probabilities(model: nn.Module, ids: Sequence[int]) -> torch.Tensor:
+    """Log-probabilities of the token after each token of one text, fp32. Shape `(N, V)`."""
     device = next(find_layers(model)[0].parameters()).device
     logits: torch.Tensor = model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False).logits[0]
     return logits.float().log_softmax(dim=-1)

@@ -14,6 +14,14 @@ from torch.nn.functional import cosine_similarity, pad
 from qscope_trl.ops.reference import TopKActs, token_chunks
 from qscope_trl.sae.topk_sae import TopKSAE
 
+MAX_NORM_RATIO = 10.0
+"""Default multiple of the median norm of a layer's residuals above which a token is left out.
+
+References:
+    `ActivationBuffer` of github.com/saprmarks/dictionary_learning, which filters the training data of SAEs in this way
+    and calls 10 a good default, for the sake of Qwen models.
+"""
+
 
 def codes(sae: TopKSAE, x_ND: Tensor) -> TopKActs:
     """Active features of each token, whatever the activation function; unused slots have activation 0."""
