@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qscope_trl.errors import QScopeError, QScopeWarning
     from qscope_trl.features import Feature, FeatureId, FeatureSet
     from qscope_trl.hooks.residual import ResidualHook
+    from qscope_trl.monitor.alarm import AlarmLimits
     from qscope_trl.monitor.drift import DriftLimits
     from qscope_trl.rules.rule import Rule, compile_rule, load_rule
     from qscope_trl.sae.suite import SAESuite
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from qscope_trl.training.steering_callbacks import ConceptAblation, PreventativeSteering
 
 _PUBLIC = {
+    "AlarmLimits": "qscope_trl.monitor.alarm",
     "CompleteCheckpoints": "qscope_trl.training.checkpoints",
     "ConceptAblation": "qscope_trl.training.steering_callbacks",
     "DriftLimits": "qscope_trl.monitor.drift",
@@ -72,6 +74,7 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "AlarmLimits",
     "CompleteCheckpoints",
     "ConceptAblation",
     "DriftLimits",

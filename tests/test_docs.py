@@ -28,7 +28,7 @@ def blocks(path: Path) -> list[str]:
 @pytest.mark.parametrize(
     "path",
     [
-        pytest.param(path, marks=pytest.mark.slow if path.name.startswith("dpo") else ())
+        pytest.param(path, marks=pytest.mark.slow if path.name.startswith(("dpo", "gamed")) else ())
         for path in sorted((ROOT / "examples").glob("*.py"))
     ],
     ids=lambda p: p.name,

@@ -17,7 +17,9 @@ from qscope_trl.errors import ConfigError
 PENALTY_KINDS = ("preact_hinge", "topk_act")
 PENALTY_TOKENS = ("labels", "completion", "all")
 PENALTY_NONFINITE = ("raise", "skip")
+PENALTY_CONTROLS = ("none", "random")
 PENALTY_SCHEDULES = ("constant", "warmup", "decay", "warmup_decay")
+DRIFT_ACTIONS = ("warn", "stop", "off")
 READERS = ("frozen", "policy")
 AGGREGATIONS = ("mean", "max", "last_k", "rate", "first_hit")
 POLICIES = ("penalise", "amplify_negative", "zero_advantage", "screen", "steered_negative")
@@ -118,9 +120,18 @@ class PenaltyConfig:
             "choices": list(PENALTY_NONFINITE),
         },
     )
+    penalty_control: str = field(
+        default="none",
+        metadata={
+            "help": "A run to compare with: `random` puts the penalty on random features of the same layers that fire "
+            "as often on texts of the training data, with the same weights, and only measures the chosen ones.",
+            "choices": list(PENALTY_CONTROLS),
+        },
+    )
 
     def __post_init__(self) -> None:
         one_of("penalty_nonfinite", self.penalty_nonfinite, PENALTY_NONFINITE)
+        one_of("penalty_control", self.penalty_control, PENALTY_CONTROLS)
         one_of("penalty_kind", self.penalty_kind, PENALTY_KINDS)
         one_of("penalty_tokens", self.penalty_tokens, PENALTY_TOKENS)
         one_of("penalty_schedule", self.penalty_schedule, PENALTY_SCHEDULES)
@@ -215,6 +226,66 @@ class MonitorConfig:
             "L12F345. The same SAEs are used."
         },
     )
+    monitor_alarm: bool = field(
+        default=True,
+        metadata={
+            "help": "Warn, once for each, when the penalised features have fallen below half of their first value and "
+            "the monitors, the rate of a text detector or a rule have stayed above 0.8 of theirs."
+        },
+    )
+    monitor_record: bool = field(
+        default=True,
+        metadata={
+            "help": "Write the run's record into `output_dir/sae_record`, for `qscope report` and the model card, and "
+            "`used_features.json` into checkpoints."
+        },
+    )
+    monitor_texts: str | None = field(
+        default=None,
+        metadata={
+            "help": "Fixed texts to watch the model on: file, folder, Hub dataset or demo:NAME. They turn on the "
+            "drift panel, and the dashboard with features on tokens."
+        },
+    )
+    monitor_text_column: str = field(default="text", metadata={"help": "Column of `monitor_texts`."})
+    monitor_prompts: str | None = field(
+        default=None,
+        metadata={
+            "help": "Fixed prompts to generate from before, during and after training: file, folder, Hub dataset or "
+            "demo:NAME. They turn on the dashboard."
+        },
+    )
+    monitor_prompt_column: str = field(default="prompt", metadata={"help": "Column of `monitor_prompts`."})
+    monitor_behaviour: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text-level detector on these generations: `chinese`, `repetition` or `regex:PATTERN`. It reads "
+            "no feature, so it tells a silent feature from a behaviour that is gone."
+        },
+    )
+    monitor_every: int | None = field(
+        default=None,
+        metadata={
+            "help": "Steps between measurements. By default the drift panel takes less than a fiftieth of the steps' "
+            "time, and the dashboard measures ten times a run."
+        },
+    )
+    monitor_drift: str = field(
+        default="warn",
+        metadata={
+            "help": "When the model drifts past a limit on `monitor_texts`: `warn`, `stop` the training, or `off`.",
+            "choices": list(DRIFT_ACTIONS),
+        },
+    )
+
+    def __post_init__(self) -> None:
+        one_of("monitor_drift", self.monitor_drift, DRIFT_ACTIONS)
+        if self.monitor_every is not None and self.monitor_every < 1:
+            raise ConfigError(f"`monitor_every` is {self.monitor_every}; it is a number of steps from 1.")
+        if self.monitor_drift == "stop" and self.monitor_texts is None:
+            raise ConfigError(
+                "`monitor_drift` is 'stop', but without `monitor_texts` no drift is measured. Name them."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

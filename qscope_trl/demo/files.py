@@ -35,7 +35,7 @@ def find_all(folder: Path, recipe: Any) -> tuple[Any, Any, Any]:
 
     paths = [folder / f"{name}.yaml" for name in ("features", "random", "monitors")]
     if not all(path.is_file() for path in paths):
-        from qscope_trl.analysis.controls import matched_random_features
+        from qscope_trl.activations.matching import matched_random_features
         from qscope_trl.analysis.discovery import find_features
         from qscope_trl.analysis.find_run import format_table
         from qscope_trl.demo import assets

@@ -14,7 +14,6 @@ import json
 import os
 from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,7 +27,9 @@ from qscope_trl.errors import AttachError, NonFiniteError, PenaltySelfCheckError
 from qscope_trl.features import FeatureSet
 from qscope_trl.files import write_whole
 from qscope_trl.hooks.residual import Capture, ResidualHook
+from qscope_trl.monitor.alarm import AlarmLimits
 from qscope_trl.sae.suite import SAESuite
+from qscope_trl.training.alarm import say_if_nothing_is_held_out
 from qscope_trl.training.checkpoints import CompleteCheckpoints
 from qscope_trl.training.checks import (
     FiniteCheck,
@@ -40,12 +41,13 @@ from qscope_trl.training.checks import (
     require_trainable_below,
 )
 from qscope_trl.training.collator import GROUP_KEY
+from qscope_trl.training.control import draw_control, with_monitors
 from qscope_trl.training.masks import GroupFn, runs_batch, token_groups, token_mask
 from qscope_trl.training.metrics import STATE_FILE, PenaltyMetrics
 from qscope_trl.training.normalisation import loss_divisor
-from qscope_trl.training.opening import on_every_process, open_features
+from qscope_trl.training.opening import on_every_process, open_features, open_suite_for
 from qscope_trl.training.penalty import PENALTIES, LayerFeatures
-from qscope_trl.training.recording import RunRecorder
+from qscope_trl.training.recording import RunRecorder, describe_penalty
 
 _ATTRIBUTE = "_qscope_penalty_attachment"
 
@@ -83,6 +85,7 @@ class PenaltyAttachment:
             FeatureSet's `target_group` are exempt.
         sae_revision: Commit, tag or branch of a Hub repository.
         sae_k: Active features per token, where the SAE's name does not say.
+        alarm: From where on features are silent and what they stand for is not; None for no alarm.
         record: Write the run's record into `output_dir/sae_record`, for `qscope report` and the model card, and
             `used_features.json` into checkpoints.
         **settings: Fields of `PenaltyConfig`.
@@ -102,6 +105,7 @@ class PenaltyAttachment:
         group_fn: GroupFn | None = None,
         sae_revision: str | None = None,
         sae_k: int | None = None,
+        alarm: AlarmLimits | None = AlarmLimits(),  # noqa: B008 (frozen)
         record: bool = True,
         **settings: Any,
     ) -> None:
@@ -118,7 +122,10 @@ class PenaltyAttachment:
         self._hook: ResidualHook | None = None
         self._trainer: Any = None
         self._originals: dict[str, Any] = {}
-        self.metrics = PenaltyMetrics(self.config, self.features, self.monitor_features)
+        self.control_of: FeatureSet | None = None
+        """The chosen features, where `penalty_control` has put the penalty on others; they are monitors then."""
+        self._alarm = alarm
+        self.metrics = PenaltyMetrics(self.config, self.features, self.monitor_features, alarm)
         """What is measured, for the trainer's log and its checkpoints."""
         self._check = FirstStepCheck(self.after_optimizer_step, self.before_optimizer_step)
         self._finite = FiniteCheck()
@@ -172,6 +179,9 @@ class PenaltyAttachment:
         refuse_unsupported(trainer)
         if not self._layers:
             self._layers, self._monitors = on_every_process(lambda: self._open_features(model))
+        if self.config.penalty_control == "random" and self.control_of is None:
+            suite = open_suite_for(self._source, self.features)
+            self.penalise_instead(draw_control(trainer, suite, self.features, self.monitor_features), model)
         if self.config.penalty_weight > 0:
             require_trainable_below(model, self.features.layers)
         hook = ResidualHook(model, sorted({*self._layers, *self._monitors}))
@@ -191,21 +201,10 @@ class PenaltyAttachment:
         if self._records:
             self._recorder = RunRecorder.of(trainer)
             self._owns_recorder = self._recorder not in present
-            self._describe(self._recorder)
+            describe_penalty(self._recorder, self)
+        if self.metrics.alarm is not None:
+            say_if_nothing_is_held_out(trainer, self.monitor_features)
         return self
-
-    def _describe(self, recorder: RunRecorder) -> None:
-        monitors = self.monitor_features
-        if monitors is not None:
-            recorder.warn_of_used(monitors.ids)
-        if self.config.penalty_weight > 0:
-            recorder.use(self.features.ids, "penalty")
-        recorder.describe(
-            sae={"name": self.features.sae or str(self._source[0]), "revision": self._source[1]},
-            penalty=asdict(self.config),
-            features=self.features.to_dict(),
-            monitors=None if monitors is None else monitors.to_dict(),
-        )
 
     def detach(self) -> None:
         """Take off every hook and wrapper; a second call does nothing."""
@@ -239,12 +238,19 @@ class PenaltyAttachment:
     ) -> None:
         self.detach()
 
+    def penalise_instead(self, control: FeatureSet, model: torch.nn.Module) -> None:
+        """Put the penalty on `control`, of the same layers, and only measure the chosen features."""
+        self.control_of = self.control_of or self.features
+        self.features, self.monitor_features = control, with_monitors(self.control_of, self.monitor_features)
+        self._layers, self._monitors = on_every_process(lambda: self._open_features(model))
+        self.metrics = PenaltyMetrics(self.config, control, self.monitor_features, self._alarm)
+        if self._recorder is not None:
+            describe_penalty(self._recorder, self)
+
     def _open_features(self, model: torch.nn.Module) -> tuple[dict[int, LayerFeatures], dict[int, LayerFeatures]]:
-        saes, revision, k = self._source
-        wanted = {*self.features.layers, *(self.monitor_features.layers if self.monitor_features else ())}
-        suite = SAESuite.from_pretrained(saes, layers=sorted(wanted), revision=revision, k=k)
-        layers = open_features(model, suite, self.features, self._groups, self.config.penalty_kind)
         watched = self.monitor_features
+        suite = open_suite_for(self._source, self.features, watched)
+        layers = open_features(model, suite, self.features, self._groups, self.config.penalty_kind)
         monitors = {} if watched is None else open_features(model, suite, watched, self._groups, "preact_hinge")
         return layers, monitors
 
@@ -369,6 +375,7 @@ class PenaltyAttachment:
         """
         if not self.is_attached:
             return
+        self.metrics.after_step(self._trainer)
         try:
             self._check.finish_step(self._trainer)
         except PenaltySelfCheckError:
@@ -396,8 +403,17 @@ class PenaltyAttachment:
 
         return log
 
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Take up what a checkpoint kept: also the features of a control arm, whatever would be drawn now."""
+        if self.control_of is not None and state.get("control"):
+            control = FeatureSet.from_dict(state["control"])
+            if control != self.features:
+                self.penalise_instead(control, self._trainer.model)
+        self.metrics.load_state_dict(state, self._trainer)
+
     def _write_state(self, folder: Path) -> None:
         """Write the penalty's state into a checkpoint: on every process, as sums are added up; one writes."""
         saved = self.metrics.state_dict(self._trainer)
+        saved["control"] = None if self.control_of is None else self.features.to_dict()
         if self._trainer.args.should_save:
             write_whole(folder / STATE_FILE, json.dumps(saved, indent=2))

@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from qscope_trl.config.training import PenaltyConfig
 from qscope_trl.errors import AttachError, QScopeWarning
 from qscope_trl.features import FeatureSet
+from qscope_trl.monitor.alarm import AlarmLimits
 from qscope_trl.sae.suite import SAESuite
 from qscope_trl.training.attach import PenaltyAttachment, attachment_of
 from qscope_trl.training.checkpoints import find_fault
@@ -38,7 +39,7 @@ class SAEPenaltyCallback(TrainerCallback):  # type: ignore[misc]
 
     The trainer's log gains `sae/penalty` (unweighted), `sae/penalty_weight`, `sae/L12/penalty`, and for each feature
     `sae/L12F345/mean_pre_act` and `sae/L12F345/firing_rate`; monitors appear under `sae/monitor/`, evaluation under
-    `eval_sae/`.
+    `eval_sae/`. `sae/alarm` is 1 where the features are silent and the monitors, or a text detector, are not.
 
     Args:
         saes: Hub id, folder, file, or an open `SAESuite`.
@@ -49,6 +50,8 @@ class SAEPenaltyCallback(TrainerCallback):  # type: ignore[misc]
         group_fn: Names the group of a sequence from its token ids.
         sae_revision: Commit, tag or branch of a Hub repository.
         sae_k: Active features per token, where the SAE's name does not say.
+        alarm: From where on features are silent and what they stand for is not, for one warning of each kind; None
+            for no alarm.
         record: Write the run's record into `output_dir/sae_record`, for `qscope report` and the model card, and
             `used_features.json` into checkpoints.
         **settings: Further fields of `PenaltyConfig`, such as `penalty_kind="topk_act"`.
@@ -69,6 +72,7 @@ class SAEPenaltyCallback(TrainerCallback):  # type: ignore[misc]
         group_fn: GroupFn | None = None,
         sae_revision: str | None = None,
         sae_k: int | None = None,
+        alarm: AlarmLimits | None = AlarmLimits(),  # noqa: B008 (frozen)
         record: bool = True,
         **settings: Any,
     ) -> None:
@@ -82,6 +86,7 @@ class SAEPenaltyCallback(TrainerCallback):  # type: ignore[misc]
             group_fn=group_fn,
             sae_revision=sae_revision,
             sae_k=sae_k,
+            alarm=alarm,
             record=record,
             **settings,
         )
@@ -160,4 +165,4 @@ class SAEPenaltyCallback(TrainerCallback):  # type: ignore[misc]
             )
             return
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        self.attachment.metrics.load_state_dict(state, self.attachment.trainer)
+        self.attachment.resume(state)

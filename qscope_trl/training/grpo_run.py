@@ -108,18 +108,20 @@ def build_trainer(settings: GRPORun) -> Any:
     Raises:
         QScopeError: If rewards, features, SAEs, data and model do not fit together.
     """
+    from qscope_trl.monitor.alarm import AlarmLimits
     from qscope_trl.training.callback import SAEPenaltyCallback
     from qscope_trl.training.grpo import SAEGRPOTrainer
     from qscope_trl.training.opening import on_every_process
     from qscope_trl.training.rewards import FeatureReward
     from qscope_trl.training.rollouts import RolloutPolicy
+    from qscope_trl.training.watching import watchers
 
     trl: Any = importlib.import_module("trl")
     sae, reward, rollout, args = settings.sae, settings.reward, settings.rollout, settings.training
     # The processes join here, so that a file that one of them lacks ends them all.
     _ = args.device
 
-    def open_files() -> tuple[Any, dict[str, FeatureSet]]:
+    def open_files() -> tuple[Any, dict[str, FeatureSet], list[Any]]:
         entries = {
             "reward": reward.reward_features,
             "monitor": settings.monitor.monitor_features,
@@ -128,9 +130,10 @@ def build_trainer(settings: GRPORun) -> Any:
         }
         sets = {name: load_features(named) for name, named in entries.items() if named}
         layers = sorted({layer for features in sets.values() for layer in features.layers})
-        return open_suite(sae, layers or None), sets
+        suite = open_suite(sae, layers or None)
+        return suite, sets, watchers(settings.monitor, suite, layers)
 
-    suite, sets = on_every_process(open_files)
+    suite, sets, watching = on_every_process(open_files)
     shared: dict[str, Any] = {
         "kind": reward.reward_kind,
         "reader": reward.reward_reader,
@@ -180,8 +183,17 @@ def build_trainer(settings: GRPORun) -> Any:
         )
     callbacks: list[Any] = []
     if "penalty" in sets:
-        callbacks.append(SAEPenaltyCallback(suite, sets["penalty"], config=settings.penalty))
-    callbacks.append(own_checkpoints(args))
+        callbacks.append(
+            SAEPenaltyCallback(
+                suite,
+                sets["penalty"],
+                config=settings.penalty,
+                monitor_features=sets.get("monitor"),
+                alarm=AlarmLimits() if settings.monitor.monitor_alarm else None,
+                record=settings.monitor.monitor_record,
+            )
+        )
+    callbacks += [*watching, own_checkpoints(args)]
     train, evaluation = load_both(settings.script, args, settings.data.data_eval_path)
     for dataset in (train, evaluation):
         if dataset is not None and dataset.column_names is not None and "prompt" not in dataset.column_names:

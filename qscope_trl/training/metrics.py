@@ -12,7 +12,9 @@ from torch import Tensor
 from qscope_trl.config.training import PenaltyConfig
 from qscope_trl.errors import QScopeWarning
 from qscope_trl.features import FeatureSet
+from qscope_trl.monitor.alarm import AlarmLimits
 from qscope_trl.monitor.statistics import FeatureStatistics, evaluation_prefix
+from qscope_trl.training.alarm import AlarmWatch
 from qscope_trl.training.penalty import VALUE_NAMES, PenaltyTerms
 
 STATE_FILE = "sae_penalty_state.json"
@@ -26,10 +28,17 @@ class PenaltyMetrics:
         config: The penalty's settings.
         features: Penalised features.
         monitors: Features that are only measured.
+        alarm: From where on features are silent and what they stand for is not; None for no alarm.
     """
 
-    def __init__(self, config: PenaltyConfig, features: FeatureSet, monitors: FeatureSet | None) -> None:
+    def __init__(
+        self, config: PenaltyConfig, features: FeatureSet, monitors: FeatureSet | None, alarm: AlarmLimits | None
+    ) -> None:
         self._config = config
+        # Without a penalty nothing is gamed, and a control is meant to leave the behaviour.
+        acts = config.penalty_weight > 0 and config.penalty_control == "none"
+        self.alarm = AlarmWatch(alarm) if alarm is not None and acts else None
+        """Follows the log, if there is anything to watch for."""
         self._ids = [str(i) for i in features.ids]
         self.statistics = {
             mode: (
@@ -67,14 +76,27 @@ class PenaltyMetrics:
             if "sae/penalty" in logs:
                 weight = self._config.weight_at(trainer.state.global_step - 1, trainer.state.max_steps)
                 logs["sae/penalty_weight"] = weight
+        if self.alarm is not None:
+            self.alarm.see(logs, trainer)
+
+    def after_step(self, trainer: Any) -> None:
+        """Keep what the first optimizer step measured: its forward came before any change of the weights."""
+        if self.alarm is not None and self.alarm.needs_first(trainer):
+            self.alarm.begin(trainer, self._means("train", trainer))
 
     def _take(self, mode: str, trainer: Any) -> dict[str, float]:
+        metrics = self._means(mode, trainer)
+        for statistics in self.statistics[mode]:
+            if statistics is not None:
+                statistics.reset()
+        return metrics
+
+    def _means(self, mode: str, trainer: Any) -> dict[str, float]:
         metrics: dict[str, float] = {}
         for prefix, statistics in zip(("sae", "sae/monitor"), self.statistics[mode], strict=True):
             if statistics is not None:
                 means = statistics.metrics(_reduce_fn(trainer), trainer.accelerator.device)
                 metrics.update({f"{prefix}/{key}": value for key, value in means.items()})
-                statistics.reset()
         return metrics
 
     def state_dict(self, trainer: Any) -> dict[str, Any]:
@@ -85,7 +107,8 @@ class PenaltyMetrics:
         reduce_fn = _reduce_fn(trainer)
         device = None if reduce_fn is None else trainer.accelerator.device
         sums = [None if s is None else s.state(reduce_fn, device) for s in self.statistics["train"]]
-        return {**self._settings(), "statistics": sums}
+        first = {} if self.alarm is None else self.alarm.first
+        return {**self._settings(), "statistics": sums, "first": first}
 
     def load_state_dict(self, state: Mapping[str, Any], trainer: Any) -> None:
         """Take up a checkpoint's state; a differing setting is kept as given now, with a warning."""
@@ -99,6 +122,8 @@ class PenaltyMetrics:
                     QScopeWarning,
                     stacklevel=2,
                 )
+        if self.alarm is not None and state.get("features") == mine["features"]:
+            self.alarm.begin(trainer, state.get("first", {}))
         # Sums of all processes: taken up by one, so that the next reduction counts them once.
         if state.get("features") == mine["features"] and trainer.accelerator.is_main_process:
             for statistics, sums in zip(self.statistics["train"], state.get("statistics", ()), strict=False):

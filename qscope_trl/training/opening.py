@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate.state import PartialState
@@ -60,6 +60,21 @@ def on_every_process(open_fn: Callable[[], T]) -> T:
                 f"Every node needs the same files at the same paths."
             )
     return opened[0]
+
+
+def open_suite_for(source: tuple[Any, str | None, int | None], *sets: FeatureSet | None) -> SAESuite:
+    """The SAEs of the layers of some sets.
+
+    Args:
+        source: Hub id, folder, file or open suite; revision; k.
+        *sets: Features; None counts for nothing.
+
+    Raises:
+        CheckpointError: If a layer has no SAE.
+    """
+    saes, revision, k = source
+    layers = sorted({layer for one in sets if one is not None for layer in one.layers})
+    return SAESuite.from_pretrained(saes, layers=layers, revision=revision, k=k)
 
 
 def open_features(

@@ -7,9 +7,7 @@ lies in which file. Left out: what is shown of it; that is `qscope report`.
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import json
-import platform
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -31,11 +29,13 @@ from qscope_trl.monitor.run_record import RunRecord
 from qscope_trl.sae.suite import SAESuite
 from qscope_trl.training.checkpoints import CompleteCheckpoints
 from qscope_trl.training.reader import FeatureReader
+from qscope_trl.training.run_facts import arguments, hardware, plain, versions
 
 USED_FILE = "used_features.json"
 """File in each checkpoint and in `output_dir`: features that were trained on, and how."""
 
-_VERSIONS = ("torch", "transformers", "trl", "accelerate", "peft", "deepspeed")
+_ORIGINAL = "_qscope_original"
+_MOST_EVENTS = 1000
 _NOTE = (
     "These features were trained on. On this model, and on what is trained from it, they no longer tell whether the "
     "behaviour is gone: choose others as monitors."
@@ -60,7 +60,7 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
         self._parts: dict[str, Any] = {}
         self._uses: dict[str, list[str]] = {}
         self._begun = False
-        self._started = 0.0
+        self._started, self._date = 0.0, ""
         self._step_started = 0.0
         self._steps, self._step_seconds = 0, 0.0
         self._seconds: dict[str, float] = {}
@@ -194,6 +194,8 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
             self._steps += 1
             self._step_seconds += time.perf_counter() - self._step_started
             self._step_started = 0.0
+        if len(self._events) > _MOST_EVENTS:
+            self._read_events()
 
     def on_log(
         self,
@@ -220,7 +222,7 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
             return
         if self._steps or self._seconds or self._events:
             self._add_overhead(state)
-        last = next((entry for entry in reversed(state.log_history) if "train_runtime" in entry), {})
+        last: dict[str, Any] = next((entry for entry in reversed(state.log_history) if "train_runtime" in entry), {})
         self.record.put(
             "end",
             {
@@ -239,7 +241,7 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
         if self._begun:
             return
         self._begun = self._has_run = True
-        self._started = time.perf_counter()
+        self._started, self._date = time.perf_counter(), _now()
         self._steps, self._step_seconds, self._seconds, self._events = 0, 0.0, {}, []
         self.record.begin(state.global_step)
         self._put_run()
@@ -248,7 +250,6 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
         trainer = self._trainer
         if trainer is None:
             return
-        versions = {name: _version(name) for name in _VERSIONS}
         self.record.put(
             "run",
             {
@@ -257,37 +258,44 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
                 "trainer": type(trainer).__name__,
                 **self._parts,
                 "uses": self._uses,
-                "arguments": plain(trainer.args.to_sanitized_dict()),
-                "versions": {name: version for name, version in versions.items() if version},
+                "arguments": arguments(trainer.args),
+                "versions": versions(),
                 "hardware": hardware(trainer.args.device),
                 "num_processes": trainer.accelerator.num_processes,
-                "started": _now(),
+                "started": self._date,
             },
         )
 
-    def _add_overhead(self, state: TrainerState) -> None:
+    def _read_events(self) -> None:
         for part, start, end in self._events:
             end.synchronize()
             self._seconds[part] = self._seconds.get(part, 0.0) + start.elapsed_time(end) / 1000
+        self._events = []
+
+    def _add_overhead(self, state: TrainerState) -> None:
+        self._read_events()
         row = {"steps": self._steps, "step_seconds": self._step_seconds, "parts": self._seconds}
         self.record.add("overhead", state.global_step, row)
-        self._steps, self._step_seconds, self._seconds, self._events = 0, 0.0, {}, []
+        self._steps, self._step_seconds, self._seconds = 0, 0.0, {}
 
     def _write_used(self, folder: Path) -> None:
         if self.record.writes and self._uses:
             features = dict(sorted(self._uses.items(), key=lambda item: FeatureId.parse(item[0])))
             write_whole(folder / USED_FILE, json.dumps({"note": _NOTE, "features": features}, indent=1) + "\n")
 
-    def _wrap_card(self, original: Any) -> Any:
+    def _wrap_card(self, present: Any) -> Any:
         record, output_dir = self.record, self.record.folder.parent
+        # What an earlier training left on it writes into the same card.
+        original = getattr(present, _ORIGINAL, present)
 
         @functools.wraps(original)
         def create_model_card(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
             if record.writes:
-                model_card.update(output_dir)
+                model_card.update_if_possible(output_dir)
             return result
 
+        setattr(create_model_card, _ORIGINAL, original)
         return create_model_card
 
 
@@ -368,30 +376,6 @@ def read_used(folder: str) -> dict[str, list[str]]:
             stacklevel=3,
         )
         return {}
-
-
-def plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values as JSON has them; a tensor or NumPy number becomes a number, what is neither is left out."""
-    found = {}
-    for key, value in values.items():
-        item = value.item() if hasattr(value, "item") and getattr(value, "size", 1) in (1, ()) else value
-        if item is None or isinstance(item, bool | int | float | str):
-            found[str(key)] = item
-    return found
-
-
-def hardware(device: torch.device) -> str:
-    """What this process trains on, in words."""
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
-    return f"{device.type}, {torch.get_num_threads()} threads, {platform.machine()}"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _now() -> str:

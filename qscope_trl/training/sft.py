@@ -15,6 +15,7 @@ from typing import Any
 from qscope_trl.config.training import DataConfig, MonitorConfig, PenaltyConfig, SAEConfig
 from qscope_trl.errors import ConfigError, DataError, QScopeError
 from qscope_trl.features import FeatureSet
+from qscope_trl.monitor.alarm import AlarmLimits
 from qscope_trl.parsing import parse_training
 from qscope_trl.training.launch import (
     RunResult,
@@ -105,20 +106,30 @@ def build_trainer(settings: SFTRun) -> Any:
     """
     from qscope_trl.training.callback import SAEPenaltyCallback
     from qscope_trl.training.opening import on_every_process
+    from qscope_trl.training.watching import watchers
 
     trl: Any = importlib.import_module("trl")
     # The processes join here, so that a file that one of them lacks ends them all.
     _ = settings.training.device
 
-    def open_files() -> tuple[FeatureSet, FeatureSet | None, Any]:
+    def open_files() -> tuple[FeatureSet, FeatureSet | None, Any, list[Any]]:
         features = load_features(settings.sae.sae_features or [])
         monitors = load_features(settings.monitor.monitor_features) if settings.monitor.monitor_features else None
         layers = sorted({*features.layers, *(monitors.layers if monitors else ())})
-        return features, monitors, open_suite(settings.sae, layers)
+        suite = open_suite(settings.sae, layers)
+        return features, monitors, suite, watchers(settings.monitor, suite, layers)
 
-    features, monitors, suite = on_every_process(open_files)
+    features, monitors, suite, watching = on_every_process(open_files)
     train, evaluation = load_data(settings, features)
-    callback = SAEPenaltyCallback(suite, features, config=settings.penalty, monitor_features=monitors)
+    record = settings.monitor.monitor_record
+    callback = SAEPenaltyCallback(
+        suite,
+        features,
+        config=settings.penalty,
+        monitor_features=monitors,
+        alarm=AlarmLimits() if settings.monitor.monitor_alarm else None,
+        record=record,
+    )
 
     args = settings.training
     if settings.data.penalty_group_column:
@@ -130,7 +141,7 @@ def build_trainer(settings: SFTRun) -> Any:
             args=args,
             train_dataset=train,
             eval_dataset=evaluation,
-            callbacks=[callback, own_checkpoints(args)],
+            callbacks=[callback, *watching, own_checkpoints(args)],
             **extra,
         )
     except QScopeError:
