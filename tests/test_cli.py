@@ -22,6 +22,7 @@ from qscope_trl.cli import main
 from qscope_trl.errors import CheckpointError, ConfigError, DataError, QScopeWarning
 from qscope_trl.features import Feature
 from qscope_trl.training import launch, sft
+from tests.forked import Done, run_forked
 from tests.tiny import prompt_completion_rows, sentence, tiny_model, tiny_tokenizer, write_saes
 
 ROOT = Path(qscope_trl.__file__).parents[1]
@@ -329,19 +330,16 @@ def test_an_engine_that_the_cpu_does_not_have_is_said_to_be_ddp(
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-def limited(assets: Path, megabytes: float, *arguments: str) -> subprocess.CompletedProcess[str]:
+def limited(assets: Path, megabytes: float, *arguments: str) -> Done:
     """`qscope sft` in a process whose files may not grow beyond a size: writing fails as on a full disk."""
-    # Blocks of 1024 bytes in bash. Python ignores the signal, so the write fails.
-    shell = f'ulimit -f {int(megabytes * 1024)}; exec "$@"'
-    command = [sys.executable, "-W", "ignore", "-m", "qscope_trl", "sft", "--config", str(assets / "run.yaml")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        ["bash", "-c", shell, "bash", *command, *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
+    # Python ignores the signal, so the write fails.
+    code = (
+        "import resource, sys\n"
+        "from qscope_trl.cli import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))\n"
+        "sys.exit(main(sys.argv[2:]))\n"
     )
+    return run_forked(code, str(int(megabytes * 2**20)), "sft", "--config", str(assets / "run.yaml"), *arguments)
 
 
 def test_a_full_disk_ends_the_run_with_advice_and_costs_no_whole_checkpoint(assets: Path, tmp_path: Path) -> None:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +22,8 @@ from qscope_trl.cli import main
 from qscope_trl.errors import ConfigError, DataError, FeatureSetError
 from tests.activations import index_setting
 from tests.activations.index_setting import ROWS, config
+from tests.forked import Done, run_forked
 from tests.tiny import D_SAE, K, random_sae, sentence, tiny_model, tiny_tokenizer, write_saes
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -136,8 +132,7 @@ def test_a_killed_run_is_gone_on_with_and_ends_as_one_that_was_not(
     folder: Path, whole: Path, tmp_path: Path, kill: str
 ) -> None:
     output = tmp_path / "store"
-    command = [sys.executable, "-W", "ignore", index_setting.__file__, str(folder), str(output), kill]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = run_forked(Path(index_setting.__file__), str(folder), str(output), kill)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     there = sorted(path.name for path in output.glob("shard-*"))
     assert there == [f"shard-{index:06d}.parquet" for index in range(int(kill))]
@@ -163,14 +158,13 @@ def test_a_finished_store_is_left_alone(folder: Path, whole: Path) -> None:
 def test_two_processes_write_what_one_does_also_after_one_was_killed(
     folder: Path, whole: Path, tmp_path: Path
 ) -> None:
-    def launch(kill: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-        command += ["--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-        command += [index_setting.__file__, str(folder), str(tmp_path / "store"), kill]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "KILLED_RANK": "1"}
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    def launch(kill: str) -> Done:
+        where = (str(folder), str(tmp_path / "store"))
+        return run_forked(
+            Path(index_setting.__file__), *where, kill, processes=2, environment={"KILLED_RANK": "1"}
+        )  # fmt: skip
 
-    assert launch("5").returncode != 0
+    assert launch("5").codes[1] == -signal.SIGKILL
     done = launch("never")
     assert done.returncode == 0, done.stderr[-3000:]
     new, processes = done.stdout.split(" new, ")

@@ -6,8 +6,6 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from tests.analysis.curation_setting import (
     removed,
     write_lines,
 )
+from tests.forked import run_forked
 from tests.tiny import K
 
 ROOT = Path(__file__).parent.parent.parent
@@ -171,9 +170,7 @@ run.run(CurateConfig(data=sys.argv[1], output=sys.argv[2], max_rows=3), show_pro
 
 def test_a_kill_leaves_no_half_output_and_the_next_run_writes_it_whole(setting: Setting, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    command = [sys.executable, "-W", "ignore", "-c", _KILLED, str(setting.data), str(output)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = run_forked(_KILLED, str(setting.data), str(output))
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not output.exists()
     assert [path.name.startswith(".out.") for path in tmp_path.iterdir()] == [True]

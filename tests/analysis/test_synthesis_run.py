@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +36,7 @@ from tests.analysis.synthesis_world import (
     texts,
     write_rows,
 )
+from tests.forked import run_forked
 
 
 @pytest.fixture(scope="module")
@@ -141,26 +139,21 @@ def test_the_result_is_shown_with_its_controls(undisturbed: Synthesis) -> None:
 
 def test_a_killed_run_goes_on_to_the_same_texts(world: World, undisturbed: Synthesis, tmp_path: Path) -> None:
     config = world.config(tmp_path / "out", batch_size=3)
-    # Slowed down, so that the kill comes in its middle.
     code = (
-        "import json, sys, time, torch\n"
-        "torch.set_num_threads(1)\n"
+        "import json, os, signal, sys\n"
         "from qscope_trl.analysis.synthesis import generators, run\n"
         "from qscope_trl.config.synthesize import SynthesizeConfig\n"
-        "generate = generators.LocalGenerator._generate\n"
-        "def slow(*given):\n    time.sleep(0.15)\n    return generate(*given)\n"
-        "generators.LocalGenerator._generate = slow\n"
+        "generate, asked = generators.LocalGenerator._generate, []\n"
+        "def dies(*given):\n"
+        "    asked.append(1)\n"
+        "    if len(asked) == 4:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return generate(*given)\n"
+        "generators.LocalGenerator._generate = dies\n"
         "run.run(SynthesizeConfig(**json.loads(sys.argv[1])), show_progress=False)\n"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", code, json.dumps(dataclasses.asdict(config))], stderr=subprocess.DEVNULL
-    )
-    journal = tmp_path / "out" / JOURNAL
-    deadline = time.monotonic() + 60
-    while not (journal.is_file() and journal.read_text().count('"answer"') >= 5) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    done = run_forked(code, json.dumps(dataclasses.asdict(config)))
+    assert done.returncode == -signal.SIGKILL, done.stderr
     before = records(tmp_path / "out")
     in_flight = {one["key"] for one in before if one["record"] == "ask"}
     in_flight -= {one["key"] for one in before if one["record"] == "answer"}

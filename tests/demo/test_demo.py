@@ -18,7 +18,7 @@ from qscope_trl.errors import ConfigError
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first rows of every data set: most of an arm's time is its evaluation."""
     rows = assets.rows
-    monkeypatch.setattr(assets, "rows", lambda name: rows(name)[:64])
+    monkeypatch.setattr(assets, "rows", lambda name: rows(name)[:32])
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
-"""Run by `test_one_differs.py` under torchrun: one process of two has something that the other has not.
+"""Run by `test_one_differs.py` in two processes: one of two has something that the other has not.
 
-python -m torch.distributed.run --nproc_per_node 2 one_differs.py CASE SAES OUTPUT
+Also python -m torch.distributed.run --nproc_per_node 2 one_differs.py CASE SAES OUTPUT
 
 CASE `missing`: the second process's folder lacks a layer. CASE `hub`: a Hub whose downloads take a second and are
 written down. CASE `nan`: activations of the second process are NaN. Each process writes what became of it to

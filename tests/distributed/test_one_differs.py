@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.launching import two_processes
+from tests.forked import run_forked
 from tests.tiny import write_saes
 
 
 def outcome(case: str, folder: Path) -> list[dict[str, Any]]:
-    two_processes("one_differs.py", case, str(write_saes(folder / "saes")), str(folder))
+    script = Path(__file__).with_name("one_differs.py")
+    done = run_forked(script, case, str(write_saes(folder / "saes")), str(folder), processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from qscope_trl.cli import main
 from qscope_trl.errors import KernelError, QScopeWarning
 from qscope_trl.ops import backend, build
 from qscope_trl.ops.topk_encode import topk_encode
+from tests.forked import run_forked
 from tests.ops.contract import problem
 
 needs_compiler = pytest.mark.skipif(build.find_compiler("cpu") is None, reason="no C++ compiler")
@@ -57,12 +57,9 @@ def test_a_library_is_compiled_once(cache: Path, tmp_path: Path, monkeypatch: py
 
 def test_of_several_processes_one_compiles(cache: Path, tmp_path: Path) -> None:
     code = "from qscope_trl.ops import build; print(build.build('cpu').read_text())"
-    environment = {**os.environ, "CXX": str(fake_compiler(tmp_path, WRITES))}
-    started = [
-        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
-    assert [process.communicate()[0].strip() for process in started] == ["library"] * 3
+    done = run_forked(code, processes=3, environment={"CXX": str(fake_compiler(tmp_path, WRITES))})
+    assert done.codes == [0] * 3
+    assert done.stdout.split() == ["library"] * 3
     assert num_runs(tmp_path) == 1
 
 

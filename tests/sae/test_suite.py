@@ -3,10 +3,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ import torch
 
 from qscope_trl.errors import CheckpointError, ConfigError, FeatureSetError
 from qscope_trl.sae.suite import SAESpec, SAESuite
+from tests.forked import run_forked
 from tests.sae.sae_files import (
     D_MODEL,
     D_SAE,
@@ -211,6 +209,13 @@ def test_suite_is_light_enough_to_copy_and_pickle(folder: Path) -> None:
     assert len(pickle.dumps(suite)) < 5000
 
 
+def measured(code: str, *arguments: str) -> float:
+    """By how many MB a process grows that had done the same on a small scale."""
+    done = run_forked(code, *arguments, environment={"QSCOPE_TRL_KERNEL": "torch"})
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
 MEASURE = """
 import json, sys
 from pathlib import Path
@@ -240,8 +245,7 @@ def test_ten_features_of_a_large_file_cost_little_memory(tmp_path: Path) -> None
     write_qwen(tmp_path / "large", 0, random_weights(0, 256, 40_000))
     write_qwen(tmp_path / "small", 0, random_weights(0, 16, 32))
     assert (tmp_path / "large" / "layer0.sae.pt").stat().st_size > 80e6
-    command = [sys.executable, "-c", MEASURE, str(tmp_path / "large"), str(tmp_path / "small")]
-    growth = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    growth = measured(MEASURE, str(tmp_path / "large"), str(tmp_path / "small"))
     # Four rows are mapped at a time, up to 2 MiB around each where the page cache holds large folios.
     assert growth < 10, f"{growth} MB"
 
@@ -292,14 +296,7 @@ def test_processes_of_a_node_share_a_mapped_encoder(format: str, tmp_path: Path)
     else:
         write_sparsify(tmp_path / "large" / "layers.0", large, d_in=256, num_latents=40_000)
     write_qwen(tmp_path / "small", 0, small)
-    command = [sys.executable, "-c", MEASURE_WHOLE, str(tmp_path / "large"), str(tmp_path / "small")]
-    environment = {**os.environ, "QSCOPE_TRL_KERNEL": "torch", "OMP_NUM_THREADS": "1"}
-    growth = [
-        json.loads(
-            subprocess.run([*command, mmap], check=True, capture_output=True, text=True, env=environment).stdout
-        )
-        for mmap in ("1", "0")
-    ]
+    growth = [measured(MEASURE_WHOLE, str(tmp_path / "large"), str(tmp_path / "small"), mmap) for mmap in ("1", "0")]
     # Encoding itself takes a few MB, in both.
     assert growth[0] < 15, f"{growth} MB"
     assert growth[1] > 40, f"{growth} MB"

@@ -6,11 +6,8 @@ The kills are real ones: another process, SIGKILL, between checkpoints and insid
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -31,13 +28,13 @@ from qscope_trl import (
 from qscope_trl.errors import CheckpointError
 from qscope_trl.training.checkpoints import MARK_FILE, UNFINISHED_FILE, find_fault
 from qscope_trl.training.metrics import STATE_FILE
+from tests.forked import run_forked
 from tests.tiny import K, write_saes
 from tests.training import killed_run
 from tests.training.harness import train
 from tests.training.penalty_harness import NAMES, callback, make_trainer
 from tests.training.rollout_harness import features, grpo_trainer, parity, policy
 
-ROOT = Path(__file__).parents[2]
 SAVING: dict[str, Any] = {"max_steps": 5, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 2}
 
 
@@ -242,17 +239,12 @@ KILLS = {
 
 
 def run_killable(saes: Path, folder: Path, kill: str, resume: bool, processes: int = 1) -> int:
-    script = [str(Path(__file__).with_name("killed_run.py")), str(saes), str(folder), kill, str(int(resume))]
-    command = [sys.executable, "-W", "ignore", *script]
-    if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
-        launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-        command = [sys.executable, "-W", "ignore", *launcher, *script]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    """The exit code of the last process, which is the one that is killed; the other may end of itself before it is."""
+    script = Path(__file__).with_name("killed_run.py")
+    done = run_forked(script, str(saes), str(folder), kill, str(int(resume)), processes=processes)
     if kill == "never":
         assert done.returncode == 0, done.stderr[-3000:]
-    return done.returncode
+    return done.codes[-1]
 
 
 def assert_same_end(found: Path, wanted: Path) -> None:
@@ -301,14 +293,8 @@ def test_a_checkpoint_that_is_written_over_is_unfinished_from_its_first_byte(
     assert_same_end(tmp_path, undisturbed)
 
 
-# The others cost a start each: `python -m pytest tests/training/test_checkpoints.py -m slow`.
-IN_EVERY_RUN = ("between-checkpoints", "inside-the-weights", "inside-the-optimizer", "before-the-mark")
-
-
 @pytest.mark.pinned
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in IN_EVERY_RUN else pytest.mark.slow) for name in KILLS]
-)
+@pytest.mark.parametrize("name", KILLS)
 def test_a_run_killed_anywhere_ends_as_one_that_was_not(
     name: str, undisturbed: Path, saes: Path, tmp_path: Path
 ) -> None:
@@ -349,7 +335,7 @@ def test_two_processes_of_which_one_is_killed_end_as_if_it_were_not(
     saes: Path, undisturbed_by_two: Path, tmp_path: Path, name: str
 ) -> None:
     kill, goes_on_from = KILLS[name]
-    assert run_killable(saes, tmp_path, kill, False, processes=2) == 1
+    assert run_killable(saes, tmp_path, kill, False, processes=2) == -signal.SIGKILL
     assert not (tmp_path / "weights.pt").exists()
     run_killable(saes, tmp_path, "never", True, processes=2)
     assert json.loads((tmp_path / "resumed.json").read_text()) == str(tmp_path / f"checkpoint-{goes_on_from}")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +11,17 @@ import torch
 import trl
 from packaging.version import Version
 
+from tests.forked import run_forked
 from tests.tiny import write_saes
 from tests.training.rollout_harness import parity
-
-ROOT = Path(__file__).parents[2]
 
 
 def launch(tmp_path: Path, kind: str, cutoff: float = 0.0, script: str = "two_processes.py") -> list[dict[str, Any]]:
     """What both processes saw; they draw the same rollouts in every launch."""
     tmp_path.mkdir(exist_ok=True)
     saes = write_saes(tmp_path / "saes")
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    command += [str(Path(__file__).with_name(script)), str(saes), str(tmp_path), kind]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-        "CUTOFF": str(cutoff),
-    }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    path = Path(__file__).with_name(script)
+    done = run_forked(path, str(saes), str(tmp_path), kind, processes=2, environment={"CUTOFF": str(cutoff)})
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
 

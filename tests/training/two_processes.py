@@ -1,6 +1,6 @@
-"""Run by `test_two_processes.py` under torchrun: trains one GRPO step and writes what each process saw.
+"""Run by `test_two_processes.py` in two processes: trains one GRPO step and writes what each process saw.
 
-python -m torch.distributed.run --nproc_per_node N two_processes.py SAES OUTPUT POLICY
+Also python -m torch.distributed.run --nproc_per_node N two_processes.py SAES OUTPUT POLICY
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Run by `test_two_processes.py` under torchrun: a penalised run that is resumed between two log events.
+"""Run by `test_two_processes.py` in two processes: a penalised run that is resumed between two log events.
 
-python -m torch.distributed.run --nproc_per_node N two_processes_penalty.py SAES OUTPUT resume
+Also python -m torch.distributed.run --nproc_per_node N two_processes_penalty.py SAES OUTPUT resume
 """
 
 from __future__ import annotations
