@@ -59,8 +59,41 @@ def test_the_readme_script_runs_on_the_bundled_model(tmp_path: Path) -> None:
     assert min(penalties) > 0
 
 
-def test_the_readmes_grpo_script_runs_on_the_bundled_model(tmp_path: Path) -> None:
+def test_the_readmes_watchers_run_on_the_bundled_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = blocks(ROOT / "README.md")[1]
+    for given, local in [
+        ('"Qwen/SAE-Res-Qwen3-8B-Base-W64K-L0_50"', "assets.saes()"),
+        ('"features/zh.yaml"', '["L5F450"]'),  # fires in ordinary text
+        ('"features/held_out.yaml"', '["L4F1740"]'),
+    ]:
+        assert given in script
+        script = script.replace(given, local)
+    before = """
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+from qscope_trl import SAEPenaltyCallback
+from qscope_trl.demo import assets
+rows = assets.rows("sft_train")[:8]
+texts, prompts = [row["text"] for row in assets.rows("rules_test")[:2]], [row["prompt"] for row in rows]
+"""
+    after = """
+args = SFTConfig(
+    output_dir="out", max_steps=2, logging_steps=1, max_length=32, per_device_train_batch_size=2, use_cpu=True,
+    bf16=False, report_to="none",
+)
+trainer = SFTTrainer(str(assets.MODEL), args=args, train_dataset=Dataset.from_list(rows), callbacks=callbacks)
+trainer.train()
+print(sorted({key for entry in trainer.state.log_history for key in entry}))
+"""
+    logged = run(before + script + after, tmp_path).strip().splitlines()[-1]
+    for name in ("sae/L5F450/firing_rate", "sae/monitor/L4F1740/firing_rate", "sae/text/rate", "sae/drift/L5/fvu"):
+        assert repr(name) in logged
+    monkeypatch.chdir(tmp_path)
+    run_blocks([("bash", "qscope report out")], "README.md")
+
+
+def test_the_readmes_grpo_script_runs_on_the_bundled_model(tmp_path: Path) -> None:
+    script = blocks(ROOT / "README.md")[2]
     from qscope_trl.demo import assets
 
     small = (
@@ -92,8 +125,8 @@ def test_the_readmes_grpo_script_runs_on_the_bundled_model(tmp_path: Path) -> No
 
 def test_the_readmes_steering_runs_on_the_bundled_model() -> None:
     found = blocks(ROOT / "README.md")
-    assert len(found) == 3, "a block of the README without a test"
-    script = found[2]
+    assert len(found) == 4, "a block of the README without a test"
+    script = found[3]
     for given, local in [
         ('"Qwen/SAE-Res-Qwen3-8B-Base-W64K-L0_50"', "assets.saes()"),
         ('["L34F31"]', '["L5F23"]'),
