@@ -94,13 +94,7 @@ class RolloutScoring:
         Raises:
             AttachError: If the trainer's methods are not as in the versions this package knows.
         """
-        return cls.found_on(trainer) or cls(trainer)
-
-    @classmethod
-    def found_on(cls, trainer: Any) -> RolloutScoring | None:
-        """The trainer's scoring, if it has one."""
-        found = getattr(trainer, _ATTRIBUTE, None)
-        return found if isinstance(found, RolloutScoring) else None
+        return scoring_of(trainer) or cls(trainer)
 
     def add(self, reader: FeatureReader) -> None:
         """Read these features too; a second call with the same reader does nothing.
@@ -193,7 +187,9 @@ class RolloutScoring:
             if self._rollouts is None or self._listening is None:
                 return original(inputs, *args, **kwargs)
             if not self.readers and self.policy is None:
-                self._rewards_BF = original(inputs, *args, **kwargs)
+                # A feature reward inside another function learns from this that nothing is read for it.
+                rows = [{**row, ACTIVATIONS_KEY: None, READERS_KEY: ()} for row in inputs]
+                self._rewards_BF = original(rows, *args, **kwargs)
                 return self._rewards_BF
             self._read_missing()
             self._listening.close()
