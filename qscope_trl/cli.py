@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from qscope_trl._version import __version__
 from qscope_trl.errors import ConfigError, QScopeError, RuleError
@@ -112,7 +114,7 @@ def _sft(argv: list[str]) -> int:
 
     result = sft.run(sft.parse(argv))
     if result.is_main_process:
-        sys.stdout.write(f"Model saved to {result.output_dir}\n")
+        _say_saved(result.output_dir)
     return 0
 
 
@@ -121,8 +123,16 @@ def _grpo(argv: list[str]) -> int:
 
     result = grpo_run.run(grpo_run.parse(argv))
     if result.is_main_process:
-        sys.stdout.write(f"Model saved to {result.output_dir}\n")
+        _say_saved(result.output_dir)
     return 0
+
+
+def _say_saved(output_dir: str) -> None:
+    from qscope_trl.monitor.run_record import RECORD_FOLDER
+
+    sys.stdout.write(f"Model saved to {output_dir}\n")
+    if (Path(output_dir) / RECORD_FOLDER).is_dir():
+        sys.stdout.write(f"One page of the run: qscope report {shlex.quote(output_dir)}\n")
 
 
 def _plan(argv: list[str]) -> int:

@@ -158,7 +158,10 @@ def test_sft_trains_with_the_penalty_and_saves(assets: Path, capsys: pytest.Capt
     shown = capsys.readouterr().out
     assert "sae/L2F5/firing_rate" in shown
     assert "eval_sae/penalty" in shown
-    assert shown.splitlines()[-1] == f"Model saved to {assets / 'out'}"
+    assert shown.splitlines()[-2:] == [
+        f"Model saved to {assets / 'out'}",
+        f"One page of the run: qscope report {assets / 'out'}",
+    ]
     assert (assets / "out" / "model.safetensors").is_file()
     assert (assets / "out" / "used_features.json").is_file()
     card = (assets / "out" / "README.md").read_text(encoding="utf-8")

@@ -192,6 +192,8 @@ class FeatureSet:
     ) -> str:
         """Push the set and a card with evidence, origin and the note on the SAEs' licence to the Hub.
 
+        Of paths in it, such as those of the texts it was found on, only the last part is pushed.
+
         Args:
             repo_id: `owner/name`; made if there is none.
             private: Whether a new repository is private.
@@ -206,10 +208,12 @@ class FeatureSet:
         Raises:
             FeatureSetError: If the Hub refuses or cannot be reached.
         """
+        mine = self.to_dict()
+        shown = mine | {key: hub.without_paths(mine[key]) for key in ("model", "sae", "origin") if key in mine}
         return hub.upload(
             repo_id,
-            self._yaml(),
-            hub.card(repo_id, self.to_dict(), licence=license),
+            FeatureSet.from_dict(shown)._yaml(),
+            hub.card(repo_id, shown, licence=license),
             token=token,
             private=private,
             revision=revision,

@@ -5,6 +5,7 @@ Left out: the SAEs themselves, which belong to their makers.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,20 @@ def is_hub_id(text: str) -> bool:
     """Whether a text has the form `owner/name` of a repository and is no path to a file that is there."""
     named = _HUB_ID.fullmatch(text) is not None and Path(text).suffix not in (".yaml", ".yml", ".json")
     return named and not Path(text).exists()
+
+
+def public_name(name: str) -> str:
+    """A Hub id or plain name as it is; of a path only its last part, since a card is read by others."""
+    return name if is_hub_id(name) else re.split(r"[\\/]+", name.rstrip("\\/"))[-1] or name
+
+
+def without_paths(value: Any) -> Any:
+    """Plain data in which paths from a root, a home or a drive are cut to their last part."""
+    if isinstance(value, str):
+        return public_name(value) if re.match(r"/|~/|\\\\|[A-Za-z]:[\\/]", value) else value
+    if isinstance(value, Mapping):
+        return {key: without_paths(item) for key, item in value.items()}
+    return [without_paths(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def upload(
@@ -91,8 +106,8 @@ def card(repo_id: str, data: Mapping[str, Any], *, licence: str | None) -> str:
         license=licence,
         tags=["qscope_trl", "sparse-autoencoder", "interpretability"],
     )
-    labels = [f"`{data[key]}` ({what})" for key, what in (("model", "model"), ("sae", "SAEs")) if data.get(key)]
-    revision = f", revision `{data['sae_revision']}`" if data.get("sae_revision") else ""
+    labels = [f"{code(data[key])} ({what})" for key, what in (("model", "model"), ("sae", "SAEs")) if data.get(key)]
+    revision = f", revision {code(data['sae_revision'])}" if data.get("sae_revision") else ""
     evidence = sorted({key for feature in features for key in feature.get("evidence", {})})[:4]
     rows = [
         [
@@ -116,7 +131,7 @@ def card(repo_id: str, data: Mapping[str, Any], *, licence: str | None) -> str:
         "```python\n"
         "from qscope_trl import FeatureSet, SAEPenaltyCallback\n\n"
         f'features = FeatureSet.from_hub("{repo_id}")\n'
-        f'callback = SAEPenaltyCallback("{data.get("sae") or "OWNER/SAES"}", features, penalty_weight=0.1)\n'
+        f"callback = SAEPenaltyCallback({json.dumps(data.get('sae') or 'OWNER/SAES')}, features, penalty_weight=0.1)\n"
         "```",
         f"## How they were chosen\n\n{origin}" if origin else "",
         "A feature stands for what it was chosen on, no more: check it on your own texts before you train on it, and "
@@ -135,6 +150,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def cell(text: str) -> str:
     """Text of any origin as Markdown: no markup, no line break."""
     return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(text.split()))
+
+
+def code(text: str) -> str:
+    """Text of any origin as code in Markdown, where nothing else is markup, not even a backslash."""
+    return f"`{' '.join(text.replace('`', chr(39)).split())}`"
 
 
 def _first_line(err: BaseException) -> str:

@@ -75,16 +75,20 @@ class _Course:
 
     first: float = math.nan
     latest: list[float] = field(default_factory=list)
+    is_rate: bool = False
 
     def add(self, value: float, keep: int) -> None:
-        # A feature that is silent at first begins where it first fires.
-        if not self.first > 0:
+        # A feature that is silent at first begins where it first fires; a rate of 0 was measured.
+        has_begun = self.first >= 0 if self.is_rate else self.first > 0
+        if not has_begun and math.isfinite(value):
             self.first = value
         self.latest = [*self.latest, value][-keep:]
 
     @property
     def present(self) -> float:
-        return statistics.median(self.latest) if self.latest else math.nan
+        """NaN where one of the latest is: what cannot be told has neither fallen nor stayed."""
+        is_known = self.latest and all(map(math.isfinite, self.latest))
+        return statistics.median(self.latest) if is_known else math.nan
 
     @property
     def share(self) -> float:
@@ -97,8 +101,10 @@ class GamingAlarm:
     The penalised features have fallen when each of their last `patience` log events is below `fallen` times their
     first value; the monitors have stayed when the median of theirs is above `stayed` times their first value. Both are
     the mean excess over the thresholds per token, summed over features. A rate has stayed when the median of its last
-    `patience` values, all taken after the features had fallen, is above `stayed` times its first one. An alarm is
-    raised once for the monitors and once for each rate.
+    `patience` values, all taken after the features had fallen, is above `stayed` times its first one. Features
+    that are silent at first begin where they first fire; a rate begins with its first value, also with 0. While one of
+    the latest values is NaN, its features or rate have neither fallen nor stayed. An alarm is raised once for the
+    monitors and once for each rate.
 
     Args:
         limits: From where on something has fallen or stayed.
@@ -143,12 +149,15 @@ class GamingAlarm:
         for name, course in ((PENALISED, self._penalised), (MONITORS, self._monitors)):
             if name in logs:
                 course.add(float(logs[name]), limits.patience)
-        latest = self._penalised.latest
-        has_fallen = len(latest) >= limits.patience and max(latest) < limits.fallen * self._penalised.first
+        latest, bound = self._penalised.latest, limits.fallen * self._penalised.first
+        # Each by itself: NaN is below nothing.
+        has_fallen = len(latest) >= limits.patience and all(value < bound for value in latest)
         for name, value in logs.items():
+            if name != TEXT and not name.startswith(RULES):
+                continue
             # One that begins after the fall has no first value to compare with.
-            if (name == TEXT or name.startswith(RULES)) and (name in self._rates or not has_fallen):
-                self._rates.setdefault(name, _Course()).add(float(value), limits.patience)
+            if name in self._rates or (not has_fallen and math.isfinite(value)):
+                self._rates.setdefault(name, _Course(is_rate=True)).add(float(value), limits.patience)
         if not has_fallen:
             for course in self._rates.values():
                 # What was measured before says nothing of what the fall has done.

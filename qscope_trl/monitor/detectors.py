@@ -84,7 +84,10 @@ def text_detector(name: str) -> Detector:
         except re.error as err:
             raise ConfigError(f"`behaviour` is {name!r}, which is no regular expression: {err}.") from err
         return Detector(name, lambda text: pattern.search(text) is not None)
-    raise ConfigError(f"`behaviour` is {name!r}; write `chinese`, `repetition`, `regex:PATTERN` or `rule:RULE`.")
+    raise ConfigError(
+        f"`behaviour` is {name!r}; write `chinese`, `repetition` or `regex:PATTERN`. `qscope steer --sweep` also "
+        f"takes `rule:RULE`."
+    )
 
 
 def rate_interval(hits: int, total: int) -> tuple[float, float]:

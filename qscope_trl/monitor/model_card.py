@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from qscope_trl.errors import QScopeError, QScopeWarning
 from qscope_trl.features import FeatureSet
-from qscope_trl.features.hub import LICENCE, cell, table
+from qscope_trl.features.hub import LICENCE, cell, code, public_name, table
 from qscope_trl.files import write_whole
 from qscope_trl.monitor.html import figure
 from qscope_trl.monitor.run_record import RunRecord
@@ -47,6 +51,19 @@ def update(output_dir: str | os.PathLike[str]) -> bool:
     return True
 
 
+def update_if_possible(output_dir: str | os.PathLike[str]) -> None:
+    """The same at the end of long work, which must not be lost for it: a warning says why there is no section."""
+    try:
+        update(output_dir)
+    except (QScopeError, OSError, ValueError, yaml.YAMLError) as err:
+        reason = " ".join(str(err).split()).rstrip(".")
+        warnings.warn(
+            f"The model card in '{output_dir}' gets no new section on features ({reason}); all else goes on.",
+            QScopeWarning,
+            stacklevel=2,
+        )
+
+
 def section(record: RunRecord) -> str:
     """The section as Markdown.
 
@@ -64,14 +81,16 @@ def _what(run: Mapping[str, Any]) -> str:
     sae, penalty = run.get("sae") or {}, run.get("penalty") or {}
     name = sae.get("name")
     text = "Trained with [qscope_trl](https://pypi.org/project/qscope-trl/)"
-    text += f" and the sparse autoencoders `{name}`." if name else "."
+    text += f" and the sparse autoencoders {code(public_name(str(name)))}." if name else "."
     if penalty.get("penalty_weight"):
         text += (
             f" A penalty (`{penalty['penalty_kind']}`, weight {penalty['penalty_weight']:g}) on the features below "
             f"joined the loss."
         )
     if run.get("control"):
-        text += f" **Control run**: the penalty was put on {run['control']} features instead of the named ones."
+        given = run["control"]
+        kind = given.get("kind") if isinstance(given, Mapping) else given
+        text += f" **Control run**: the penalty was put on {kind} features instead of the named ones."
     return text
 
 
@@ -99,9 +118,11 @@ def _features(title: str, data: Mapping[str, Any] | None) -> str:
 
 def _rewards(run: Mapping[str, Any]) -> str:
     rewards, policy = run.get("rewards") or [], run.get("policy")
+    # A rollout policy reads its features by a reward function of scale 0.
     lines = [
-        f"- Reward `{cell(reward['name'])}`: {len(reward['features']['features'])} features, scale "
-        f"{reward['scale']:g}, read on the {reward['reader']} model."
+        f"- {'Reward' if reward['scale'] else 'Read without a reward:'} {code(reward['name'])}: "
+        f"{len(reward['features']['features'])} features, scale {reward['scale']:g}, read on the {reward['reader']} "
+        f"model."
         for reward in rewards
     ]
     if policy:
@@ -111,14 +132,17 @@ def _rewards(run: Mapping[str, Any]) -> str:
 
 def _course(record: RunRecord, run: Mapping[str, Any]) -> str:
     """First and last value of what was trained on and of what was held out."""
-    log = record.rows("log")
-    named = [("features", "sae", "penalised"), ("monitors", "sae/monitor", "held out")]
-    rows = []
-    for key, prefix, kind in named:
+    named = {}
+    for key, prefix, kind in (("features", "sae", "penalised"), ("monitors", "sae/monitor", "held out")):
         for feature in (FeatureSet.from_dict(run[key]).ids if run.get(key) else ())[:_MOST]:
-            rates = [row[f"{prefix}/{feature}/firing_rate"] for row in log if f"{prefix}/{feature}/firing_rate" in row]
-            if rates:
-                rows.append([str(feature), kind, figure(float(rates[0])), figure(float(rates[-1]))])
+            named[f"{prefix}/{feature}/firing_rate"] = [str(feature), kind]
+    ends: dict[str, tuple[float, float]] = {}
+    # One row at a time: the log of a long run is large.
+    for row in record.each("log"):
+        for name in named.keys() & row.keys():
+            rate = float(row[name])
+            ends[name] = (ends[name][0] if name in ends else rate, rate)
+    rows = [[*told, *map(figure, ends[name])] for name, told in named.items() if name in ends]
     if not rows:
         return ""
     head = ["feature", "kind", "firing rate at first", "at last"]

@@ -156,6 +156,19 @@ class RunRecord:
                 elif line.endswith(b"\n"):
                     raise DataError(f"Line {number} of '{path}' is damaged. Delete that line to go on.")
 
+    def first(self, name: str) -> Iterator[dict[str, Any]]:
+        """Rows of the first step that `NAME.jsonl` has, without reading the others.
+
+        Raises:
+            DataError: If a line is damaged, when it is reached.
+        """
+        step = None
+        for row in self.each(name):
+            step = row["step"] if step is None else step
+            if row["step"] != step:
+                return
+            yield row
+
     def _has_steps(self) -> bool:
         """Whether training went on for a step, or ended."""
         if (self.folder / "end.json").is_file() or (self.folder / "audit.json").is_file():

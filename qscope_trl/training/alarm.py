@@ -13,7 +13,7 @@ from typing import Any
 from qscope_trl.errors import QScopeWarning
 from qscope_trl.features import FeatureSet
 from qscope_trl.monitor import dashboard_wandb
-from qscope_trl.monitor.alarm import Alarm, AlarmLimits, GamingAlarm
+from qscope_trl.monitor.alarm import RULES, Alarm, AlarmLimits, GamingAlarm
 from qscope_trl.training.recording import RunRecorder
 
 KEY = "sae/alarm"
@@ -73,12 +73,12 @@ class AlarmWatch:
         state, history = trainer.state, trainer.state.log_history
         found = []
         for entry in history[self._num_seen :]:
-            raised = self._alarm.see(int(entry.get("step", state.global_step)), entry)
+            raised = self._alarm.see(int(entry.get("step", state.global_step)), _held_out(entry))
             # What was there before this process began was told then.
             found += raised if self._num_seen else []
         # The event itself becomes an entry as well.
         self._num_seen = len(history) + 1
-        found += self._alarm.see(state.global_step, logs)
+        found += self._alarm.see(state.global_step, _held_out(logs))
         if self._alarm.watches and "loss" in logs:
             logs[KEY] = float(self._alarm.is_on)
         for alarm in found:
@@ -101,3 +101,8 @@ class AlarmWatch:
         if "wandb" in getattr(trainer.args, "report_to", ()):
             dashboard_wandb.alert("SAE features are silent, the behaviour may not be", alarm.message)
         warnings.warn(alarm.message, QScopeWarning, stacklevel=4)
+
+
+def _held_out(logs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Without the rules among a training event's own metrics: those are rewards, so they are trained on."""
+    return {name: value for name, value in logs.items() if "loss" not in logs or not name.startswith(RULES)}

@@ -13,7 +13,7 @@ import functools
 import json
 import os
 from collections.abc import Mapping, MutableMapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,23 +30,22 @@ from qscope_trl.hooks.residual import Capture, ResidualHook
 from qscope_trl.monitor.alarm import AlarmLimits
 from qscope_trl.sae.suite import SAESuite
 from qscope_trl.training.alarm import say_if_nothing_is_held_out
+from qscope_trl.training.captured import CapturedPenalty
 from qscope_trl.training.checkpoints import CompleteCheckpoints
 from qscope_trl.training.checks import (
     FiniteCheck,
     FirstStepCheck,
     check_captures,
-    finite_tokens,
-    raise_unknown_tokens,
     refuse_unsupported,
     require_trainable_below,
 )
 from qscope_trl.training.collator import GROUP_KEY
 from qscope_trl.training.control import draw_control, with_monitors
-from qscope_trl.training.masks import GroupFn, runs_batch, token_groups, token_mask
+from qscope_trl.training.masks import GroupFn
 from qscope_trl.training.metrics import STATE_FILE, PenaltyMetrics
 from qscope_trl.training.normalisation import loss_divisor
 from qscope_trl.training.opening import on_every_process, open_features, open_suite_for
-from qscope_trl.training.penalty import PENALTIES, LayerFeatures
+from qscope_trl.training.penalty import LayerFeatures
 from qscope_trl.training.recording import RunRecorder, describe_penalty
 
 _ATTRIBUTE = "_qscope_penalty_attachment"
@@ -116,19 +115,15 @@ class PenaltyAttachment:
         self.owner: Any = None
         """The callback in the trainer's list that attached this, or None."""
         self._source = (saes, sae_revision, sae_k)
-        self._groups = tuple(sorted({*self.features.groups, *filter(None, [self.features.target_group])}))
-        self._layers: dict[int, LayerFeatures] = {}
-        self._monitors: dict[int, LayerFeatures] = {}
         self._hook: ResidualHook | None = None
         self._trainer: Any = None
         self._originals: dict[str, Any] = {}
         self.control_of: FeatureSet | None = None
         """The chosen features, where `penalty_control` has put the penalty on others; they are monitors then."""
         self._alarm = alarm
-        self.metrics = PenaltyMetrics(self.config, self.features, self.monitor_features, alarm)
-        """What is measured, for the trainer's log and its checkpoints."""
+        metrics = PenaltyMetrics(self.config, self.features, self.monitor_features, alarm)
+        self._captured = CapturedPenalty(self.config, self.features, group_fn, metrics)
         self._check = FirstStepCheck(self.after_optimizer_step, self.before_optimizer_step)
-        self._finite = FiniteCheck()
         self._marks: CompleteCheckpoints | None = None
         self._owns_marks = False
         self._records = record
@@ -141,6 +136,11 @@ class PenaltyAttachment:
     def trainer(self) -> Any:
         """The trainer this is attached to, or None."""
         return self._trainer
+
+    @property
+    def metrics(self) -> PenaltyMetrics:
+        """What is measured, for the trainer's log and its checkpoints."""
+        return self._captured.metrics
 
     @property
     def is_attached(self) -> bool:
@@ -177,22 +177,30 @@ class PenaltyAttachment:
             )
         model = trainer.model
         refuse_unsupported(trainer)
-        if not self._layers:
-            self._layers, self._monitors = on_every_process(lambda: self._open_features(model))
+        captured = self._captured
+        if not captured.layers:
+            captured.layers, captured.monitors = on_every_process(lambda: self._open_features(model))
         if self.config.penalty_control == "random" and self.control_of is None:
             suite = open_suite_for(self._source, self.features)
             self.penalise_instead(draw_control(trainer, suite, self.features, self.monitor_features), model)
         if self.config.penalty_weight > 0:
             require_trainable_below(model, self.features.layers)
-        hook = ResidualHook(model, sorted({*self._layers, *self._monitors}))
+        hook = ResidualHook(model, sorted(captured.read_layers))
         hook.attach()
         self._hook, self._trainer = hook, trainer
+        with ExitStack() as stack:
+            stack.callback(self.detach)
+            self._join_trainer(trainer)
+            stack.pop_all()
+        return self
+
+    def _join_trainer(self, trainer: Any) -> None:
         for name, wrapper in (("compute_loss", self._wrap_compute_loss), ("log", self._wrap_log)):
             self._originals[name] = trainer.__dict__.get(name)
             setattr(trainer, name, wrapper(getattr(trainer, name)))
         setattr(trainer, _ATTRIBUTE, self)
         self._check = FirstStepCheck(self.after_optimizer_step, self.before_optimizer_step)
-        self._finite = FiniteCheck()
+        self._captured.finite = FiniteCheck()
         self._check.start(trainer)
         present = list(trainer.callback_handler.callbacks)
         self._marks = CompleteCheckpoints.of(trainer)
@@ -204,7 +212,6 @@ class PenaltyAttachment:
             describe_penalty(self._recorder, self)
         if self.metrics.alarm is not None:
             say_if_nothing_is_held_out(trainer, self.monitor_features)
-        return self
 
     def detach(self) -> None:
         """Take off every hook and wrapper; a second call does nothing."""
@@ -242,16 +249,17 @@ class PenaltyAttachment:
         """Put the penalty on `control`, of the same layers, and only measure the chosen features."""
         self.control_of = self.control_of or self.features
         self.features, self.monitor_features = control, with_monitors(self.control_of, self.monitor_features)
-        self._layers, self._monitors = on_every_process(lambda: self._open_features(model))
-        self.metrics = PenaltyMetrics(self.config, control, self.monitor_features, self._alarm)
+        captured = self._captured
+        captured.layers, captured.monitors = on_every_process(lambda: self._open_features(model))
+        captured.metrics = PenaltyMetrics(self.config, control, self.monitor_features, self._alarm)
         if self._recorder is not None:
             describe_penalty(self._recorder, self)
 
     def _open_features(self, model: torch.nn.Module) -> tuple[dict[int, LayerFeatures], dict[int, LayerFeatures]]:
-        watched = self.monitor_features
+        watched, groups = self.monitor_features, self._captured.groups
         suite = open_suite_for(self._source, self.features, watched)
-        layers = open_features(model, suite, self.features, self._groups, self.config.penalty_kind)
-        monitors = {} if watched is None else open_features(model, suite, watched, self._groups, "preact_hinge")
+        layers = open_features(model, suite, self.features, groups, self.config.penalty_kind)
+        monitors = {} if watched is None else open_features(model, suite, watched, groups, "preact_hinge")
         return layers, monitors
 
     # --- the loss ------------------------------------------------------------------------------------------------
@@ -269,7 +277,7 @@ class PenaltyAttachment:
                 with hook.listen() as captures:
                     result = original(model, inputs, return_outputs, *args, **kwargs)
                 if not training:
-                    self._measure_evaluation(captures, batch, groups)
+                    self._captured.measure_evaluation(captures, batch, groups)
                     return result
                 self._check.see_loss()
                 num_items = args[0] if args else kwargs.get("num_items_in_batch")
@@ -293,10 +301,10 @@ class PenaltyAttachment:
         self, loss: Tensor, captures: Sequence[Capture], batch: Mapping[str, Any], groups: Any, num_items: Any
     ) -> Tensor:
         seen = [capture for capture in captures if capture.has_grad]
-        check_captures(captures, {*self._layers, *self._monitors})
+        check_captures(captures, self._captured.read_layers)
         weight = self._current_weight()
         with torch.set_grad_enabled(weight > 0):
-            total, count = self._penalty(seen, batch, groups, "train")
+            total, count = self._captured.sum(seen, batch, groups, "train")
         if weight == 0:
             return loss
         penalty = total.to(loss.device) / loss_divisor(
@@ -304,46 +312,6 @@ class PenaltyAttachment:
         )
         self._check.see_penalty(penalty)
         return loss + (weight * penalty).to(loss.dtype)
-
-    def _penalty(
-        self, captures: Sequence[Capture], batch: Mapping[str, Any], groups: Any, mode: str
-    ) -> tuple[Tensor, Tensor]:
-        """Sum over penalised tokens, layers and features, and the number of penalised tokens."""
-        function = PENALTIES[self.config.penalty_kind]
-        totals: list[Tensor] = []
-        counts: list[Tensor] = []
-        for capture in captures:
-            mask_BT = token_mask(capture, batch, self.config)
-            if mask_BT is None:
-                raise_unknown_tokens(batch, self.config.penalty_tokens)
-            group_BT = token_groups(capture, self._groups, groups, self.group_fn)
-            if group_BT is not None:
-                group_BT = group_BT.to(mask_BT.device)
-                if self.features.target_group is not None:
-                    mask_BT = mask_BT & (group_BT != 1 + self._groups.index(self.features.target_group))
-            counts.append(mask_BT.sum())
-            bad_BT = torch.zeros_like(mask_BT)
-            for layer, kind_of in ((n, store) for store in (self._layers, self._monitors) for n in store):
-                residual = capture.residuals[layer]
-                chosen = kind_of[layer] = kind_of[layer].for_residual(residual)
-                mask = mask_BT.to(residual.device)
-                group = None if group_BT is None else group_BT.to(residual.device)
-                if kind_of is self._monitors:
-                    with torch.no_grad():
-                        terms = PENALTIES["preact_hinge"](residual, chosen, group)
-                else:
-                    terms = function(residual, chosen, group)
-                if mode == "train":
-                    # An evaluation shows NaN as NaN; a training step is stopped, or does without these tokens.
-                    bad = mask & ~finite_tokens(residual, terms.values_BTS)
-                    bad_BT |= bad.to(bad_BT.device)
-                    mask = mask & ~bad
-                if kind_of is not self._monitors:
-                    totals.append(torch.where(mask, terms.penalty_BT, 0).sum().to(mask_BT.device))
-                self.metrics.update(mode, layer, kind_of is self._monitors, terms, mask)
-            if mode == "train":
-                self._finite.see(bad_BT, capture.input_ids)
-        return torch.stack(totals).sum(), torch.stack(counts).sum()
 
     def _current_weight(self) -> float:
         state = self._trainer.state
@@ -362,7 +330,7 @@ class PenaltyAttachment:
         try:
             # A penalty that does not act is no reason to stop.
             action = self.config.penalty_nonfinite if self._current_weight() > 0 else "skip"
-            self._finite.finish_step(self._trainer, action)
+            self._captured.finite.finish_step(self._trainer, action)
         except NonFiniteError:
             self.detach()
             raise
@@ -383,17 +351,6 @@ class PenaltyAttachment:
             raise
 
     # --- metrics -------------------------------------------------------------------------------------------------
-
-    def _measure_evaluation(self, captures: Sequence[Capture], batch: Mapping[str, Any], groups: Any) -> None:
-        """Measure the one forward of an evaluation step that ran the batch's own tokens, not a reference pass."""
-        for capture in sorted(captures, key=lambda c: not runs_batch(c, batch)):
-            if {*self._layers, *self._monitors} - capture.residuals.keys():
-                continue
-            if token_mask(capture, batch, self.config) is None:
-                continue
-            with torch.no_grad():
-                self._penalty([capture], batch, groups, "eval")
-            return
 
     def _wrap_log(self, original: Any) -> Any:
         @functools.wraps(original)

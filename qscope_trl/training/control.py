@@ -11,13 +11,13 @@ from itertools import islice
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 
 from qscope_trl.activations.encode import tokenize
 from qscope_trl.activations.matching import matched_by, token_sums
 from qscope_trl.errors import AttachError, DataError
 from qscope_trl.features import FeatureSet
 from qscope_trl.sae.suite import SAESuite
+from qscope_trl.training.opening import on_main_process
 
 NUM_TEXTS = 128
 """Rows of the training data that firing rates and thresholds are measured on."""
@@ -40,21 +40,11 @@ def draw_control(trainer: Any, suite: SAESuite, chosen: FeatureSet, monitors: Fe
         monitors: Features that are not drawn either.
 
     Raises:
-        AttachError: If the model's weights are spread over processes, or there is no training data.
+        AttachError: If the model's weights are spread over processes, or there is no training data; on the other
+            processes, if anything fails on the main one.
         DataError: If rows of it hold no text.
     """
-    found: list[Any] = [None]
-    if trainer.accelerator.is_main_process:
-        try:
-            found = [_draw(trainer, suite, chosen, monitors)]
-        except Exception as err:  # noqa: BLE001 (raised below, once every process knows)
-            found = [err]
-    if trainer.accelerator.num_processes > 1:
-        broadcast_object_list(found)
-    if isinstance(found[0], Exception):
-        raise found[0]
-    drawn: FeatureSet = found[0]
-    return drawn
+    return on_main_process(lambda: _draw(trainer, suite, chosen, monitors), trainer)
 
 
 def with_monitors(chosen: FeatureSet, monitors: FeatureSet | None) -> FeatureSet:

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
+import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qscope_trl.activations.sampling import Sampling
@@ -50,7 +50,7 @@ from qscope_trl.training.dashboard_reading import (
     weights_are_spread,
 )
 from qscope_trl.training.dashboard_rollouts import Reading, RolloutView
-from qscope_trl.training.opening import on_every_process
+from qscope_trl.training.opening import on_every_process, on_main_process
 from qscope_trl.training.recording import RunRecorder
 from qscope_trl.training.stack import calling_trainer
 from qscope_trl.training.wandb_start import WandbStart
@@ -72,8 +72,8 @@ class FeatureDashboard(TrainerCallback):  # type: ignore[misc]
     `sae/text/rate`, the share of generations that show the behaviour. In a wandb run it shows histograms, tables and
     pages under `sae_...`, on the axis `train/global_step`; texts, prompts and rollouts are sent there as they are.
 
-    Where weights are spread over processes (FSDP, ZeRO-3), no process can run the model alone: texts and generations
-    are left out, with one warning; rollouts are shown there too.
+    Where weights are spread over processes (FSDP, ZeRO-3, tensor parallelism), no process can run the model alone:
+    texts and generations are left out, with one warning; rollouts are shown there too.
 
     Args:
         prompts: What generations begin with, texts or conversations. By default column `prompt` of the training data,
@@ -200,9 +200,9 @@ class FeatureDashboard(TrainerCallback):  # type: ignore[misc]
         self._is_spread = weights_are_spread(trainer)
         if self._is_spread:
             warnings.warn(
-                "`FeatureDashboard` shows no texts and generations here: the weights are spread over processes (FSDP "
-                "or ZeRO-3), and it runs the model on one. Read checkpoints by `qscope audit`, or train by data "
-                "parallelism or ZeRO-2.",
+                "`FeatureDashboard` shows no texts and generations here: the weights are spread over processes (FSDP, "
+                "ZeRO-3 or tensor parallelism), and it runs the model on one. Read checkpoints by `qscope audit`, or "
+                "train by data parallelism or ZeRO-2.",
                 QScopeWarning,
                 stacklevel=2,
             )
@@ -212,7 +212,14 @@ class FeatureDashboard(TrainerCallback):  # type: ignore[misc]
                 self._texts = text_ids(tokenizer, self.texts, trainer.train_dataset, self._max_length) or self._prompts
             # On every process, so that none goes on alone when one cannot.
             self._read = on_every_process(lambda: FeatureValues(trainer.model, watched))
-        if self.detector is not None and not self._prompts and not self._is_spread:
+        if not self._is_spread and not getattr(trainer.model, "can_generate", lambda: True)():
+            if self.prompts is not None or self.detector is not None:
+                raise ConfigError(
+                    f"`FeatureDashboard` has `prompts` or `behaviour`, but `{type(trainer.model).__name__}` cannot "
+                    f"generate. Leave both out, and give `texts` to read features on."
+                )
+            self._prompts = []
+        elif self.detector is not None and not self._prompts and not self._is_spread:
             raise ConfigError(
                 f"`behaviour` is {self.detector.name!r}, but there are no prompts to generate from: the training data "
                 f"has no column `prompt`. Give `prompts`."
@@ -237,7 +244,9 @@ class FeatureDashboard(TrainerCallback):  # type: ignore[misc]
             self._measure(state)
         elif self._recorder is not None:
             self._last_step = state.global_step
-            self._fixed, self._first = _taken_up(self._recorder.record, len(self._texts), self.top)
+            # Of the process that writes, and measures; another one may read while that one rewrites.
+            if self._recorder.record.writes:
+                self._fixed, self._first = _taken_up(self._recorder.record, len(self._texts), self.top)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -290,17 +299,17 @@ class FeatureDashboard(TrainerCallback):  # type: ignore[misc]
         if trainer is None or recorder is None or step == self._last_step:
             return
         self._last_step = step
-        found: list[Any] = [None]
-        if trainer.is_world_process_zero():
-            with recorder.clock("dashboard"), untouched(trainer.model):
-                found = [self._measure_here(trainer.model, recorder, step)]
-        if trainer.accelerator.num_processes > 1:
-            broadcast_object_list(found)
-        if found[0] is not None:
+
+        def measure() -> float | None:
+            with recorder.clock("dashboard", is_between_steps=True), untouched(trainer.model):
+                return self._measure_here(trainer.model, recorder, step)
+
+        rate = on_main_process(measure, trainer)
+        if rate is not None:
             # The base class's own: TRL's and the penalty's versions would close the averages they are in the middle
             # of. It also ends a log event, and one of the training's own may be due at this step.
             is_due = trainer.control.should_log
-            scalars = {"sae/text/rate": found[0]}
+            scalars = {"sae/text/rate": rate}
             Trainer.log(trainer, scalars)
             trainer.control.should_log = is_due
             if all(item is not recorder for item in trainer.callback_handler.callbacks):
@@ -317,7 +326,7 @@ class FeatureDashboard(TrainerCallback):  # type: ignore[misc]
         try:
             values = read(model, self._texts, self._sampling.batch_size) if self._texts else []
             rows = self._samples(model, read, shown) if self._prompts and self.num_samples else []
-        except DataError as err:
+        except (DataError, torch.OutOfMemoryError) as err:
             warnings.warn(
                 f"`FeatureDashboard` shows nothing at step {step}: {err} Training goes on.",
                 QScopeWarning,
@@ -338,7 +347,9 @@ class FeatureDashboard(TrainerCallback):  # type: ignore[misc]
         for row in rows:
             record.add("samples", step, row)
         dated = [{"step": step, **row} for row in rows[: self.top]]
-        self._first = self._first or dated
+        # Those of a resumed run's record may be of other prompts, or of another number of them.
+        if [row["prompt"] for row in self._first] != [row["prompt"] for row in dated]:
+            self._first = dated
         penalised = [name for name in shown if read.kinds[name] == "penalised"]
         things |= sample_things(step, dated, self._first, penalised)
         seen = self._rollouts.rows(self._tokenizer(), shown, self._reading(read, model))
@@ -378,7 +389,5 @@ class FeatureDashboard(TrainerCallback):  # type: ignore[misc]
 
 def _taken_up(record: RunRecord, num_texts: int, top: int) -> tuple[list[int], list[dict[str, Any]]]:
     """Texts and generations of a record's first measurement; none of what does not belong to these texts."""
-    texts, found = list(record.each("texts")), list(record.each("samples"))
-    fixed = sorted({row["index"] for row in texts if row["step"] == texts[0]["step"]})
-    first = [row for row in found if row["step"] == found[0]["step"]]
-    return fixed if all(index < num_texts for index in fixed) else [], first[:top]
+    fixed = sorted({row["index"] for row in record.first("texts")})
+    return fixed if all(index < num_texts for index in fixed) else [], list(record.first("samples"))[:top]

@@ -30,7 +30,7 @@ from qscope_trl.monitor.html import token_texts
 from qscope_trl.sae.chosen import ChosenEncoder
 from qscope_trl.sae.suite import SAESuite
 from qscope_trl.training.attach import attachment_of
-from qscope_trl.training.scores import RolloutScoring
+from qscope_trl.training.scores import scoring_of
 
 ValueLists = dict[str, list[float | None]]
 """Per feature a value for each token; None where nothing was read."""
@@ -66,7 +66,7 @@ def watched_of(trainer: Any) -> list[Watched]:
         for features, kind in ((attachment.features, "penalised"), (attachment.monitor_features, "monitor")):
             if features is not None:
                 found.append(Watched(_opener(saes, features, revision, k), features, kind))
-    scoring = RolloutScoring.found_on(trainer)
+    scoring = scoring_of(trainer)
     for reader in () if scoring is None else scoring.readers.values():
         found.append(Watched(reader.suite, reader.features, "penalised" if _acts(reader) else "monitor"))
     if not found:
@@ -168,9 +168,12 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 def weights_are_spread(trainer: Any) -> bool:
-    """Whether no process holds the whole model, so that none can run it alone (FSDP, ZeRO-3)."""
+    """Whether no process holds the whole model, so that none can run it alone (FSDP, ZeRO-3, tensor parallelism)."""
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    return bool(getattr(trainer, "is_fsdp_enabled", False)) or (plugin is not None and plugin.zero_stage == 3)
+    if bool(getattr(trainer, "is_fsdp_enabled", False)) or (plugin is not None and plugin.zero_stage == 3):
+        return True
+    # What tells a `DTensor`, whatever spread it.
+    return any(hasattr(parameter, "placements") for parameter in trainer.model.parameters())
 
 
 def text_ids(tokenizer: Any, texts: Sequence[str] | None, dataset: Any, max_length: int) -> list[list[int]]:

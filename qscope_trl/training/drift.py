@@ -91,11 +91,15 @@ class Pace:
             self.probe_seconds += seconds
 
     def interval(self) -> int | None:
-        """Steps between probes at which they take `_AIM` of the steps' time; None if too few steps were timed."""
+        """Steps to the next probe, with which they take `_AIM` of the steps' time; None if too few steps were timed.
+
+        As many as the next one needs by itself and, where steps were slower once, as it needs with all before it.
+        """
         if not self.is_known:
             return None
         mean = sum(self._recent) / len(self._recent)
-        return max(1, math.ceil(self._latest_probe / (_AIM * mean)))
+        owed = (self.probe_seconds + self._latest_probe) / _AIM - self.step_seconds
+        return max(1, math.ceil(max(self._latest_probe / _AIM, owed) / mean))
 
     @property
     def share(self) -> float | None:
@@ -119,11 +123,14 @@ class DriftMonitor(TrainerCallback):  # type: ignore[misc]
     What it showed is kept in host memory and in the run's record, so that a resumed run compares with the same: for
     each token `d_model` numbers and `k` activations a layer and `kl_top` log-probabilities, 36 MB for 1024 tokens and
     3 layers of width 4096 in bf16 with k = 100. The SAEs with their decoders stay in the main process's host memory
-    (encoders in their files, where the format allows) and are copied to a layer's device one by one for a probe.
+    (encoders in their files, where the format allows) and are copied to a layer's device one by one for a probe, in
+    fp32: of 64K features of width 4096 that is 1.1 GB of the host a layer (2.1 without such a file), and 2.1 GB of the
+    device while its layer is measured.
 
-    Measured before the first step, every `every` steps and after the last step. The model is in evaluation mode
-    meanwhile; gradients, modes and random states are left alone, so training is the same with and without. Under FSDP
-    and ZeRO-3 every process runs the probe; `sae/drift/kl` is left out under ZeRO-3.
+    Measured before the first step, every `every` steps and after the last one; where an evaluation ends the training,
+    after what the trainer does at its end (`load_best_model_at_end`). The model is in evaluation mode meanwhile;
+    gradients, modes and random states are left alone, so training is the same with and without. Under FSDP and ZeRO-3
+    every process runs the probe; `sae/drift/kl` is left out under ZeRO-3.
 
     Args:
         texts: The probe: ordinary texts of the kind the model is used on. As many are taken, from the first, as
@@ -131,8 +138,9 @@ class DriftMonitor(TrainerCallback):  # type: ignore[misc]
         saes: Hub id, folder, file, or an open `SAESuite`; by default those of the trainer's penalty or feature reward.
         layers: Layers to watch, from 0; by default those of the penalty and its monitors, or of the rewards.
         every: Steps between probes; by default so many that probes take less than 2 % of the steps' time, by what
-            steps and probes are measured to take: `sae/drift/cost_share`. The reference and the probes at the begin
-            and the end come on top.
+            steps and probes are measured to take: `sae/drift/cost_share`. Where steps become faster or probes slower
+            it may be more until the next probe, which then comes later. The reference and the probes at the begin and
+            the end come on top.
         limits: From where on drift is spoken of; `DriftLimits()` by default.
         on_drift: `warn` says it once for each limit, `stop` also ends the training.
         max_length: Tokens kept of each text: its first ones.
@@ -228,23 +236,30 @@ class DriftMonitor(TrainerCallback):  # type: ignore[misc]
         self._write_pending(state, control)
         self._pace.begin_step()
 
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop it: before `on_step_end`, where others measure and would be counted as part of the step."""
+        del args, state, control, kwargs
+        self._pace.end_step()
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Measure if it is time."""
+        """Measure if it is time, or if this was the last step: once training has ended, reporters are closed."""
         del args, kwargs
-        self._pace.end_step()
         if self._interval is None and self._pace.is_known:
             # One clock decides for all processes.
             [self._interval] = broadcast_object_list([self._pace.interval()])
-        if self._is_due(state.global_step):
+        is_due = self._is_due(state.global_step)
+        if is_due or control.should_training_stop:
             trainer = self._trainer()
-            self._write(trainer, self._measure(trainer, counts=True), state, control)
+            self._write(trainer, self._measure(trainer, counts=is_due), state, control)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Measure after the last step, and let the SAEs and the reference go."""
+        """Measure after the last step if that was not foreseen, and let the SAEs and the reference go."""
         del args, kwargs
         self._write_pending(state, control)
         if self._last_step != state.global_step:
@@ -282,7 +297,8 @@ class DriftMonitor(TrainerCallback):  # type: ignore[misc]
             found = probe.measure()
         seconds = time.perf_counter() - begun
         self._pace.see_probe(seconds, counts=counts)
-        mine = None if found is None else Outcome(found, seconds, self._pace.interval(), self._pace.share)
+        # One clock decides for all processes.
+        mine = Outcome(found, seconds, self._pace.interval(), self._pace.share)
         outcome: Outcome = broadcast_object_list([mine])[0]
         if self.every is None:
             self._interval = outcome.interval

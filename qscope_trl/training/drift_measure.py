@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -29,8 +29,8 @@ from qscope_trl.sae.topk_sae import TopKSAE
 from qscope_trl.training.attach import attachment_of
 from qscope_trl.training.callback import SAEPenaltyCallback
 from qscope_trl.training.checks import refuse_unsupported
-from qscope_trl.training.drift_probe import choose_tokens, has_logits, is_spread, run_probe
-from qscope_trl.training.opening import on_every_process
+from qscope_trl.training.drift_probe import SeeLogits, choose_tokens, has_logits, is_spread, run_probe
+from qscope_trl.training.opening import on_every_process, on_main_process
 from qscope_trl.training.scores import scoring_of
 from qscope_trl.training.stack import resumed_folder
 
@@ -39,6 +39,8 @@ REFERENCE_FILE = "drift_reference.safetensors"
 
 FEW_TOKENS = 200
 """Tokens below which the figures rest on too little; `qscope doctor` gives no verdict below it either."""
+
+T = TypeVar("T")
 
 _log = logging.getLogger("qscope_trl")
 
@@ -134,8 +136,14 @@ class DriftProbe:
                 stacklevel=2,
             )
         rows: list[TopLogProbs] = []
-        residuals = self._run(lambda _rows, logits: rows.append(top_log_probs(logits, self.settings.kl_top)))
-        self.reference = on_every_process(lambda: self._reference(residuals, rows) if self.is_main else None)
+
+        def see(_rows: slice, logits: Tensor) -> None:
+            rows.append(top_log_probs(logits, self.settings.kl_top))
+
+        def keep(residuals: dict[int, Tensor]) -> None:
+            self.reference = self._reference(residuals, rows)
+
+        self._with_residuals(see, keep)
         if self.is_main and self.settings.kl_top and not rows:
             _log.warning("qscope_trl: `sae/drift/kl` is left out, as the logits of this model cannot be read here.")
 
@@ -148,9 +156,9 @@ class DriftProbe:
         return Reference(layers, log_probs, self._identity)
 
     def _stored(self) -> Reference | None:
-        """In the output folder, or beside the checkpoint."""
+        """Beside the checkpoint, or in the output folder, where another run may have left its own."""
         checkpoint = resumed_folder()
-        folders = [Path(self.trainer.args.output_dir), *([] if checkpoint is None else [checkpoint.parent])]
+        folders = [*([] if checkpoint is None else [checkpoint.parent]), Path(self.trainer.args.output_dir)]
         path = next((p for p in (f / RECORD_FOLDER / REFERENCE_FILE for f in folders) if p.is_file()), None)
         if path is None:
             return None
@@ -166,27 +174,39 @@ class DriftProbe:
 
     # --- the model now -------------------------------------------------------------------------------------------
 
-    def measure(self) -> Drift | None:
-        """The figures of the model now; None on all but the main process."""
-        kept = None if self.reference is None else self.reference.log_probs
+    def measure(self) -> Drift:
+        """The figures of the model now, which the main process tells all others.
+
+        Raises:
+            Exception: What failed, on the main process.
+            AttachError: On the others, if it failed there.
+        """
         kls: list[Tensor] = []
 
         def see(rows: slice, logits: Tensor) -> None:
+            kept = None if self.reference is None else self.reference.log_probs
             if kept is not None:
                 kls.append(divergence(TopLogProbs(*(part[rows] for part in kept)), logits))
 
-        residuals = self._run(see)
-        if self.reference is None:
-            return None
-        layers = {}
-        for layer, x_ND in residuals.items():
-            sae, x_ND = self._together(layer, x_ND)
-            layers[layer] = drift.compare_layer(sae, self.reference.layers[layer], x_ND)
-        return Drift(layers, float(torch.cat(kls).mean()) if kls else None)
+        def compare(residuals: dict[int, Tensor]) -> Drift:
+            if self.reference is None:
+                raise AttachError("`DriftMonitor` has no reference to measure against.")
+            layers = {}
+            for layer, x_ND in residuals.items():
+                sae, x_ND = self._together(layer, x_ND)
+                layers[layer] = drift.compare_layer(sae, self.reference.layers[layer], x_ND)
+            return Drift(layers, float(torch.cat(kls).mean()) if kls else None)
 
-    def _run(self, see: Callable[[slice, Tensor], None]) -> dict[int, Tensor]:
-        if not self.is_main and not is_spread(self.trainer):
-            return {}
+        return self._with_residuals(see, compare)
+
+    def _with_residuals(self, see: SeeLogits, work: Callable[[dict[int, Tensor]], T]) -> T:
+        """Run the probe on whom it takes and `work` on the main process; what fails there ends all of them."""
+        if not is_spread(self.trainer):
+            return on_main_process(lambda: work(self._run(see)), self.trainer)
+        residuals = self._run(see)
+        return on_main_process(lambda: work(residuals), self.trainer)
+
+    def _run(self, see: SeeLogits) -> dict[int, Tensor]:
         return run_probe(
             self.trainer,
             self.token_ids,

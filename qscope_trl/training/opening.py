@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate.state import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from qscope_trl.activations.opening import require_fit
@@ -60,6 +61,36 @@ def on_every_process(open_fn: Callable[[], T]) -> T:
                 f"Every node needs the same files at the same paths."
             )
     return opened[0]
+
+
+def on_main_process(work: Callable[[], T], trainer: Any) -> T:
+    """Run `work` on the main process and give every process what it returned; if it fails there, end all of them.
+
+    Every process must call this at the same place; the others wait for the main one.
+
+    Args:
+        work: What is done, without collectives.
+        trainer: The trainer whose processes these are.
+
+    Raises:
+        Exception: What `work` raised, on the main process.
+        AttachError: On the others, with its message.
+    """
+    found: list[Any] = [None, None]
+    error: Exception | None = None
+    if trainer.is_world_process_zero():
+        try:
+            found[0] = work()
+        except Exception as err:  # noqa: BLE001 (raised below, once every process knows)
+            error, found[1] = err, f"{type(err).__name__}: {err}"
+    if trainer.accelerator.num_processes > 1:
+        broadcast_object_list(found)
+    if error is not None:
+        raise error
+    if found[1] is not None:
+        raise AttachError(f"The main process failed while this one waited for it, so none goes on: {found[1]}")
+    result: T = found[0]
+    return result
 
 
 def open_suite_for(source: tuple[Any, str | None, int | None], *sets: FeatureSet | None) -> SAESuite:

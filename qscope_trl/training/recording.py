@@ -137,20 +137,35 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
             self._put_run()
 
     def warn_of_used(self, monitors: Iterable[FeatureId]) -> None:
-        """Warn of monitors that this model, or the one it started from, was trained on."""
+        """Warn of monitors that this run trains on, or that the model it started from was trained on."""
         burnt = [str(one) for one in monitors if str(one) in self._uses]
         if burnt:
             listed = ", ".join(f"{name} ({', '.join(self._uses[name])})" for name in burnt[:5])
             warnings.warn(
-                f"{len(burnt)} of the monitors were trained on before: {listed}. They no longer tell whether the "
-                f"behaviour is gone; choose others.",
+                f"{len(burnt)} of the monitors are trained on, in this run or before it: {listed}. They do not tell "
+                f"whether the behaviour is gone; choose others.",
                 QScopeWarning,
                 stacklevel=3,
             )
 
     @contextmanager
-    def clock(self, part: str) -> Iterator[None]:
-        """Count the seconds inside into `overhead.jsonl`: on a GPU those of its stream, read at the next log event."""
+    def clock(self, part: str, *, is_between_steps: bool = False) -> Iterator[None]:
+        """Count the seconds inside into `overhead.jsonl`: on a GPU those of its stream, read at the next log event.
+
+        Args:
+            part: Under which name.
+            is_between_steps: Whether this is no part of a step; it does not lengthen one that has just begun.
+        """
+        entered = time.perf_counter()
+        try:
+            with self._clock(part):
+                yield
+        finally:
+            if is_between_steps and self._step_started:
+                self._step_started += time.perf_counter() - entered
+
+    @contextmanager
+    def _clock(self, part: str) -> Iterator[None]:
         if torch.cuda.is_available() and self._trainer is not None and self._trainer.args.device.type == "cuda":
             cuda: Any = torch.cuda
             start, end = (cuda.Event(enable_timing=True) for _ in range(2))
@@ -185,10 +200,10 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
         self._begin(state)
         self._step_started = time.perf_counter()
 
-    def on_step_end(
+    def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stop it."""
+        """Stop it: before `on_step_end`, where others measure and would be counted as part of the step."""
         del args, state, control, kwargs
         if self._step_started:
             self._steps += 1
@@ -281,7 +296,16 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
     def _write_used(self, folder: Path) -> None:
         if self.record.writes and self._uses:
             features = dict(sorted(self._uses.items(), key=lambda item: FeatureId.parse(item[0])))
-            write_whole(folder / USED_FILE, json.dumps({"note": _NOTE, "features": features}, indent=1) + "\n")
+            text = json.dumps({"note": _NOTE, "features": features}, indent=1) + "\n"
+            try:
+                write_whole(folder / USED_FILE, text)
+            except OSError as err:
+                warnings.warn(
+                    f"'{folder / USED_FILE}' cannot be written ({err}); training goes on. What is trained from this "
+                    f"model will not know which features were trained on.",
+                    QScopeWarning,
+                    stacklevel=2,
+                )
 
     def _wrap_card(self, present: Any) -> Any:
         record, output_dir = self.record, self.record.folder.parent
@@ -309,10 +333,10 @@ def describe_penalty(recorder: RunRecorder, attachment: Any) -> None:
     features, monitors, control_of = attachment.features, attachment.monitor_features, attachment.control_of
     source, revision, _ = attachment._source
     opened = source.source if isinstance(source, SAESuite) else str(source)
-    if monitors is not None:
-        recorder.warn_of_used(monitors.ids)
     if attachment.config.penalty_weight > 0:
         recorder.use(features.ids, "penalty")
+    if monitors is not None:
+        recorder.warn_of_used(monitors.ids)
     recorder.describe(
         sae={
             "name": features.sae or opened,
@@ -335,7 +359,7 @@ def describe_rollouts(trainer: Any, readers: Iterable[FeatureReader], policy: An
         policy: Its `RolloutPolicy`, or None.
     """
     recorder = RunRecorder.of(trainer)
-    rewards = []
+    rewards, monitors = [], list[FeatureId]()
     acting = None if policy is None else policy.reader
     functions = getattr(trainer, "reward_funcs", ())
     for reader in readers:
@@ -354,9 +378,10 @@ def describe_rollouts(trainer: Any, readers: Iterable[FeatureReader], policy: An
         if scale:
             recorder.use(reader.features.ids, f"reward {reader.name}")
         elif reader is not acting:
-            recorder.warn_of_used(reader.features.ids)
+            monitors.extend(reader.features.ids)
     if acting is not None:
         recorder.use(acting.features.ids, f"policy {policy.kind}")
+    recorder.warn_of_used(monitors)
     described = None if policy is None else {"kind": policy.kind, "strength": policy.strength}
     recorder.describe(rewards=rewards, policy=described)
 

@@ -17,7 +17,7 @@ from qscope_trl.analysis.audit.run import format_result, run
 from qscope_trl.analysis.audit.setup import read_inputs
 from qscope_trl.cli import main
 from qscope_trl.config.audit import AuditConfig
-from qscope_trl.errors import CheckpointError, ConfigError, DataError, FeatureSetError
+from qscope_trl.errors import CheckpointError, ConfigError, DataError, FeatureSetError, QScopeWarning
 from qscope_trl.features import FeatureSet
 from qscope_trl.monitor.run_record import RunRecord
 from qscope_trl.parsing import parse_flags
@@ -75,6 +75,17 @@ def test_a_run_is_audited_from_its_record(world: World, tmp_path: Path) -> None:
     shown = format_result(result)
     assert "Verdict: feature silent, behaviour stayed." in shown
     assert "Note: The SAEs describe the tuned model worse" in shown
+
+
+def test_a_card_that_is_damaged_costs_no_audit(world: World, tmp_path: Path) -> None:
+    folder = record(world, tmp_path / "run")
+    (folder / "README.md").write_text("---\ntags: [a\n---\n# A model\n", encoding="utf-8")
+    tuned = str(world.folder / "base")
+    config = world.config(run_dir=str(folder), tuned=tuned, json=str(tmp_path / "audit.json"), **QUICK)
+    with pytest.warns(QScopeWarning, match="gets no new section on features"):
+        result = run(config, show_progress=False)
+    assert json.loads((tmp_path / "audit.json").read_text(encoding="utf-8")) == result.to_dict()
+    assert RunRecord(folder).get("audit") == result.to_dict()
 
 
 def test_what_is_said_goes_before_what_is_recorded(world: World, tmp_path: Path) -> None:

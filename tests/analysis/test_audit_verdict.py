@@ -128,6 +128,14 @@ def test_a_base_that_hardly_shows_the_behaviour_cannot_lose_it() -> None:
     assert ruling(behaviour(GONE, base=0.05), [activity(GONE)], DECODABLE).verdict == "behaviour went away"
 
 
+def test_as_many_generations_as_are_needed_suffice_whatever_their_share_is_rounded_to() -> None:
+    """10 / 77 * 77 is below 10."""
+    shown = behaviour(GONE, base=10 / 77, num_prompts=77)
+    assert ruling(shown, [activity(STAYED)], BLIND).verdict == "behaviour went away"
+    shown = behaviour(GONE, base=9 / 77, num_prompts=77)
+    assert ruling(shown, [activity(STAYED)], BLIND).verdict == "feature active, behaviour not decided"
+
+
 def test_a_probe_no_better_than_one_on_shuffled_labels_decodes_nothing() -> None:
     lucky = [detector("probe", 0.8, 1.0), detector("shuffled labels", 0.4, 0.85)]
     assert ruling(None, [activity(GONE)], lucky).verdict == "not decided"

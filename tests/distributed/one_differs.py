@@ -3,8 +3,8 @@
 Also python -m torch.distributed.run --nproc_per_node 2 one_differs.py CASE SAES OUTPUT
 
 CASE `missing`: the second process's folder lacks a layer. CASE `hub`: a Hub whose downloads take a second and are
-written down. CASE `nan`: activations of the second process are NaN. Each process writes what became of it to
-`rank{rank}.json`.
+written down. CASE `nan`: activations of the second process are NaN. CASE `dashboard`: the main process fails while it
+measures and the other one waits. Each process writes what became of it to `rank{rank}.json`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from qscope_trl import SAEPenaltyCallback
-from qscope_trl.errors import CheckpointError, NonFiniteError
+from qscope_trl import FeatureDashboard, SAEPenaltyCallback
+from qscope_trl.errors import AttachError, CheckpointError, NonFiniteError
 from qscope_trl.sae import sources
 from tests.tiny import K
 from tests.training.harness import train
@@ -63,12 +63,17 @@ def main() -> None:
         source = "Qwen/SAE-Res-Tiny"
     start = time.time()
     try:
-        trainer = make_trainer(output, [SAEPenaltyCallback(source, ["L1F3", "L2F40"], 0.5, sae_k=K)], max_steps=1)
+        callbacks: list[Any] = [SAEPenaltyCallback(source, ["L1F3", "L2F40"], 0.5, sae_k=K)]
+        if case == "dashboard":
+            callbacks.append(FeatureDashboard(["w3"], ["w3 w4"], num_samples=1))
+        trainer = make_trainer(output, callbacks, max_steps=1)
+        if case == "dashboard" and rank == 0:
+            trainer.model.generate = lambda **_: (_ for _ in ()).throw(RuntimeError("no such kernel"))
         if case == "nan" and rank == 1:
             trainer.model.model.layers[1].register_forward_hook(lambda *given: given[2] * float("nan"))
         train(trainer)
         found["trained"] = trainer.state.global_step
-    except (CheckpointError, NonFiniteError) as error:
+    except (AttachError, CheckpointError, NonFiniteError, RuntimeError) as error:
         found["error"] = str(error)
     found.update(seconds=time.time() - start, downloads=hub.downloads)
     (output / f"rank{rank}.json").write_text(json.dumps(found))

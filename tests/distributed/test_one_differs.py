@@ -48,3 +48,13 @@ def test_nan_on_one_process_stops_all_before_the_step(tmp_path: Path) -> None:
         "Optimizer step 1: activations on process 1 are NaN or infinite; its message names"
     )
     assert max(first["seconds"], second["seconds"]) < 30, "one waited for the other"
+
+
+@pytest.mark.distributed
+def test_a_dashboard_that_fails_on_the_main_process_ends_the_ones_that_wait(tmp_path: Path) -> None:
+    first, second = outcome("dashboard", tmp_path)
+    assert first["error"] == "no such kernel"
+    assert second["error"] == (
+        "The main process failed while this one waited for it, so none goes on: RuntimeError: no such kernel"
+    )
+    assert max(first["seconds"], second["seconds"]) < 30, "one waited for the other"

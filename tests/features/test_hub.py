@@ -114,3 +114,17 @@ def test_a_local_path_comes_before_the_hub(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "sets" / "zh.yaml").rename(tmp_path / "sets" / "zh")
     assert not is_hub_id("sets/zh")
     assert FeatureSet.load("sets/zh") == CHOSEN
+
+
+def test_no_path_of_this_machine_is_pushed(hub: Hub) -> None:
+    origin = {"files": {"positive": "/home/me/zh.jsonl", "others": ["C:\\me\\en.jsonl", "~/de.jsonl"]}, "note": "a/b"}
+    mine = FeatureSet(features=(Feature(layer=1, index=2, label="/think"),), sae="/home/me/saes", origin=origin)
+    mine.push_to_hub("me/mine")
+    for name in ("README.md", FEATURES_FILE):
+        text = (hub.folder / "me/mine" / name).read_text(encoding="utf-8")
+        assert "/home" not in text
+        assert "~" not in text
+    found = FeatureSet.from_hub("me/mine")
+    assert found.sae == "saes"
+    assert found.features == mine.features
+    assert found.origin == {"files": {"positive": "zh.jsonl", "others": ["en.jsonl", "de.jsonl"]}, "note": "a/b"}

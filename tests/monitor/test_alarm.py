@@ -98,6 +98,37 @@ def test_a_rate_that_begins_after_the_fall_has_nothing_to_be_compared_with() -> 
     assert [alarm.see(9 + n, {TEXT: 0.4}) for n in range(3)] == [[], [], []]
 
 
+def test_a_rate_that_begins_at_0_decides_nothing_whatever_comes_after() -> None:
+    """As one that begins below `min_rate`; its first value is not one from after the fall."""
+    for zeros in (1, 4):
+        assert follow(penalised=FALLS, text=[0.0] * zeros + [0.4] * (8 - zeros))[0] == []
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("penalised", "monitors"),
+    [
+        ([10.0, 9.0, 0.1, NAN, 0.1, 9.0, 9.0, 9.0], STAYS),
+        ([10.0, 9.0, 0.1, 0.1, NAN, 0.1, NAN, NAN], STAYS),
+        (FALLS, [5.0, 5.0, 5.0, 0.1, 0.1, NAN, 5.0, 5.0]),
+        ([NAN] * 8, STAYS),
+    ],
+    ids=["one between low events", "more and more", "of the monitors", "nothing else"],
+)
+def test_what_is_not_a_number_has_neither_fallen_nor_stayed(penalised: list[float], monitors: list[float]) -> None:
+    found, on, _ = follow(penalised=penalised, monitors=monitors)
+    assert found == []
+    assert not any(on)
+
+
+def test_a_first_value_that_is_not_a_number_is_none() -> None:
+    _, on, alarm = follow(AlarmLimits(patience=1), penalised=[NAN, 10.0, 1.0], text=[NAN, 0.3, 0.3])
+    assert alarm.first == {PENALISED: 10.0}
+    assert on == [False, False, True]
+
+
 def test_each_rule_raises_its_own_alarm() -> None:
     alarm = GamingAlarm(AlarmLimits(patience=1))
     alarm.see(0, {PENALISED: 10.0, "sae/rule/a": 0.5, "sae/rule/b": 0.5})

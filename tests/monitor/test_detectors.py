@@ -26,7 +26,7 @@ def test_repetition_and_patterns() -> None:
 
 
 def test_unknown_detectors_raise() -> None:
-    with pytest.raises(ConfigError, match="`behaviour` is 'chines'; write `chinese`, `repetition`"):
+    with pytest.raises(ConfigError, match="`behaviour` is 'chines'; write `chinese`, `repetition` or `regex:PATTERN`"):
         text_detector("chines")
     with pytest.raises(ConfigError, match=r"`behaviour` is 'regex:\(', which is no regular expression"):
         text_detector("regex:(")

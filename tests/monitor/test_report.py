@@ -124,6 +124,17 @@ def test_first_and_last_are_the_first_value_and_the_mean_of_the_last_tenth(tmp_p
     assert shown[1:3] == [f"{rates[0]:.3f}", f"{sum(rates[-6:]) / 6:.3f}"]
 
 
+def test_one_value_has_no_change(tmp_path: Path) -> None:
+    record = RunRecord(tmp_path)
+    record.begin(0)
+    record.put("run", {"model": "m"})
+    record.add("log", 1, {"loss": 2.0, "eval_loss": 3.0})
+    record.add("log", 2, {"loss": 1.0})
+    glance = report(tmp_path).text.split("At a glance")[-1].split("Curves")[0]
+    assert "-50%" in glance
+    assert "+0%" not in glance
+
+
 def test_time_of_the_parts_is_their_share_of_the_steps(tmp_path: Path) -> None:
     records.write_full(tmp_path)
     page = report(tmp_path)

@@ -53,6 +53,7 @@ def test_a_new_run_keeps_the_last_one_beside_it(tmp_path: Path) -> None:
         record = RunRecord(tmp_path)
         record.begin(0)
         record.put("run", {"model": name})
+        record.add("log", 1, {})
     assert json.loads((tmp_path / RECORD_FOLDER / "run.json").read_text())["model"] == "third"
     assert json.loads((tmp_path / PREVIOUS_FOLDER / "run.json").read_text())["model"] == "second"
     assert sorted(path.name for path in tmp_path.iterdir()) == [RECORD_FOLDER, PREVIOUS_FOLDER]
@@ -88,3 +89,43 @@ def test_damage_is_named(tmp_path: Path) -> None:
     (record.folder / "run.json").write_text('{"format_version": 99}')
     with pytest.raises(DataError, match="`format_version` 99"):
         record.get("run")
+
+
+def test_a_try_that_made_no_step_displaces_no_earlier_run(tmp_path: Path) -> None:
+    """As those of `auto_find_batch_size` before one fits."""
+    for name, step in (("before", 3), ("too large", 0), ("fits", 1)):
+        record = RunRecord(tmp_path)
+        record.begin(0)
+        record.put("run", {"model": name})
+        record.add("log", step, {"sae/text/rate": 0.5})
+    assert json.loads((tmp_path / RECORD_FOLDER / "run.json").read_text())["model"] == "fits"
+    assert json.loads((tmp_path / PREVIOUS_FOLDER / "run.json").read_text())["model"] == "before"
+
+
+def test_a_damaged_line_is_no_reason_not_to_resume(tmp_path: Path) -> None:
+    record = RunRecord(tmp_path)
+    record.add("log", 1, {})
+    with open(record.folder / "log.jsonl", "ab") as file:
+        file.write(b"\0\0\n" + b'{"step": 2}\n' + b'{"step": 3}\n')
+    with pytest.warns(QScopeWarning, match="1 damaged lines, which are left out"):
+        record.begin(2)
+    assert record.writes
+    assert record.rows("log") == [{"step": 1}, {"step": 2}]
+
+
+def test_half_a_character_in_a_text_is_written_and_read(tmp_path: Path) -> None:
+    record = RunRecord(tmp_path)
+    record.put("run", {"label": "\ud800"})
+    record.add("samples", 0, {"text": "\ud800 \u4e2d"})
+    assert record.get("run") == {"label": "\ud800"}
+    assert record.rows("samples") == [{"step": 0, "text": "\ud800 \u4e2d"}]
+
+
+def test_the_rows_of_the_first_step_are_found_without_the_others(tmp_path: Path) -> None:
+    record = RunRecord(tmp_path)
+    for step, index in ((0, 0), (0, 1), (2, 0)):
+        record.add("texts", step, {"index": index})
+    with open(record.folder / "texts.jsonl", "ab") as file:
+        file.write(b"damaged, but not reached\n")
+    assert [row["index"] for row in record.first("texts")] == [0, 1]
+    assert list(record.first("samples")) == []

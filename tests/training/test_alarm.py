@@ -102,6 +102,17 @@ def test_a_resumed_run_is_followed_from_its_beginning_and_not_told_again() -> No
     assert heard == []
 
 
+def test_a_rule_that_is_a_reward_is_not_held_out_also_in_the_history_of_a_resumed_run() -> None:
+    """TRL adds rewards' metrics to a training event as it is logged; a `RuleMonitor`'s come in events of their own."""
+    reward, monitor = {"sae/rule/reward": 0.5, "loss": 1.0}, {"sae/rule/monitor": 0.5}
+    values = {PENALISED: 10.0}, {PENALISED: 1.0}
+    for rule, wanted in ((reward, None), (monitor, 1.0)):
+        history = [{**event, "step": n} for n, own in enumerate(values, 1) for event in (rule, {"loss": 1.0, **own})]
+        history = [{**history[0], **history[1]}, {**history[2], **history[3]}] if rule is reward else history
+        watch, trainer = AlarmWatch(LOOSE), fake_trainer([*history, {**rule, "step": 2}])
+        assert log(watch, trainer, 3, penalised=1.0).get(KEY) == wanted
+
+
 def test_another_training_of_the_same_trainer_begins_anew() -> None:
     watch, trainer = AlarmWatch(LOOSE), fake_trainer()
     log(watch, trainer, 1, penalised=10.0, monitors=5.0)
@@ -205,6 +216,7 @@ def bundled_trainer(tmp_path: Path, callbacks: list[Any], steps: int) -> Trainer
     )  # fmt: skip
 
 
+@pytest.mark.pinned  # what older ones make of the data leads elsewhere
 def test_a_gamed_penalty_raises_the_alarm_and_a_row_is_kept(tmp_path: Path) -> None:
     cb = SAEPenaltyCallback(assets.saes(), GAMED, 5.0, monitor_features=HELD_OUT)
     trainer = bundled_trainer(tmp_path, [cb], 10)

@@ -21,6 +21,7 @@ from qscope_trl.errors import (
     DataError,
     FeatureSetError,
     ModelStructureError,
+    QScopeWarning,
 )
 from qscope_trl.features import Feature
 from qscope_trl.training.penalty import PENALTIES
@@ -307,6 +308,29 @@ def test_wrong_width_is_refused_and_nothing_is_attached(tmp_path: Path) -> None:
     with pytest.raises(AttachError, match=r"width 64, but `Qwen3ForCausalLM` has `hidden_size=32`"):
         make_trainer(tmp_path, [callback(folder)], model)
     assert hook_count(model) == 0
+
+
+@pytest.mark.parametrize("name", ["say_if_nothing_is_held_out", "describe_penalty"])
+def test_an_error_halfway_leaves_nothing_attached(
+    name: str, saes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a warning that a user has made an error."""
+
+    def fail(*args: Any) -> None:
+        raise QScopeWarning("2 of the monitors were trained on before")
+
+    trainer = make_trainer(tmp_path, [])
+    before = set(vars(trainer)), list(trainer.callback_handler.callbacks)
+    cb = callback(saes)
+    with monkeypatch.context() as patched:
+        patched.setattr(f"qscope_trl.training.attach.{name}", fail)
+        with pytest.raises(QScopeWarning, match="2 of the monitors"):
+            cb.attach(trainer)
+    assert hook_count(trainer.model) == 0
+    assert not cb.attachment.is_attached
+    assert (set(vars(trainer)), list(trainer.callback_handler.callbacks)) == before
+    cb.attach(trainer)
+    assert cb.attachment.is_attached
 
 
 def test_feature_index_beyond_the_sae_is_refused(saes: Path, tmp_path: Path) -> None:

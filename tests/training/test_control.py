@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from datasets import Dataset
 from qscope_trl import FeatureSet, bundled
 from qscope_trl.errors import AttachError, ConfigError, DataError
 from qscope_trl.features import Feature
-from qscope_trl.training import control, sft
+from qscope_trl.training import control, opening, sft
 from qscope_trl.training.attach import attachment_of
 from qscope_trl.training.callback import STATE_FILE
 from tests.tiny import K, random_sae, tiny_model, tiny_tokenizer, write_saes
@@ -191,22 +192,39 @@ def test_a_control_of_another_kind_is_refused(saes: Path) -> None:
         callback(saes, CHOSEN, penalty_control="shuffled")
 
 
-@pytest.mark.parametrize("sent", [CHOSEN, DataError("no text")], ids=["a set", "an error"])
+@pytest.mark.parametrize("is_main", [True, False])
+@pytest.mark.parametrize("fails", [False, True], ids=["a set", "an error"])
 def test_other_processes_take_what_the_main_one_drew(
-    sent: Any, monkeypatch: pytest.MonkeyPatch, saes: Path, tmp_path: Path
+    is_main: bool, fails: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broadcast(found: list[Any]) -> None:
-        assert found == [None]
-        found[0] = sent
+    class UnsendableError(Exception):
+        """As some libraries' errors, which cannot be pickled: the others would wait for ever."""
 
-    monkeypatch.setattr(control, "broadcast_object_list", broadcast)
-    trainer: Any = SimpleNamespace(accelerator=SimpleNamespace(is_main_process=False, num_processes=2))
+        def __reduce__(self) -> Any:
+            raise TypeError
+
+    def draw(*args: Any) -> FeatureSet:
+        if fails:
+            raise UnsendableError("no text")
+        return CHOSEN
+
+    sent = [None, "UnsendableError: no text"] if fails else [CHOSEN, None]
+
+    def broadcast(found: list[Any]) -> None:
+        assert found == (sent if is_main else [None, None])
+        pickle.dumps(found)
+        found[:] = sent
+
+    monkeypatch.setattr(control, "_draw", draw)
+    monkeypatch.setattr(opening, "broadcast_object_list", broadcast)
+    accelerator = SimpleNamespace(num_processes=2)
+    trainer: Any = SimpleNamespace(accelerator=accelerator, is_world_process_zero=lambda: is_main)
     suite: Any = None
-    if isinstance(sent, FeatureSet):
-        assert control.draw_control(trainer, suite, CHOSEN, None) is sent
-    else:
-        with pytest.raises(DataError, match="no text"):
+    if fails:
+        with pytest.raises(UnsendableError if is_main else AttachError, match="no text"):
             control.draw_control(trainer, suite, CHOSEN, None)
+    else:
+        assert control.draw_control(trainer, suite, CHOSEN, None) is CHOSEN
 
 
 def test_the_command_draws_a_control_and_switches_the_alarm_off(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from qscope_trl import SAEPenaltyCallback
 from qscope_trl.errors import AttachError, ConfigError, DataError, QScopeWarning
 from qscope_trl.monitor.run_record import RunRecord
 from qscope_trl.training import dashboard as module
+from qscope_trl.training import opening
 from qscope_trl.training.dashboard import FeatureDashboard
 from tests.forked import run_forked
 from tests.tiny import K, random_sae, sentence, tiny_model, tiny_tokenizer, write_saes
@@ -301,7 +302,7 @@ def test_only_the_main_process_reads_and_writes_and_all_log_the_same(
         sent.append(values[0])
         values[0] = 0.75
 
-    monkeypatch.setattr(module, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(opening, "broadcast_object_list", broadcast)
     monkeypatch.setattr(module.FeatureValues, "__call__", lambda *_: pytest.fail("this process reads nothing"))
     monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
     monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
@@ -343,7 +344,7 @@ def test_spread_weights_are_not_run_on_one_process(
     monkeypatch.setattr(trainer, "is_fsdp_enabled", fsdp)
     dashboard = FeatureDashboard(PROMPTS, texts, **SETTINGS)
     state = SimpleNamespace(global_step=0, max_steps=1, is_world_process_zero=True)
-    with pytest.warns(QScopeWarning, match=r"spread over processes \(FSDP or ZeRO-3\)"):
+    with pytest.warns(QScopeWarning, match=r"spread over processes \(FSDP, ZeRO-3 or tensor"):
         dashboard.on_train_begin(trainer.args, state, trainer.control)  # type: ignore[arg-type]
     dashboard.on_step_begin(trainer.args, state, trainer.control)  # type: ignore[arg-type]
     assert RunRecord(tmp_path).rows("samples") == []

@@ -14,7 +14,7 @@ from trl import GRPOTrainer
 from qscope_trl import FeatureReward, SAEGRPOTrainer, SAEPenaltyCallback
 from qscope_trl.monitor.run_record import RunRecord
 from qscope_trl.training.dashboard import FeatureDashboard
-from qscope_trl.training.scores import RolloutScoring
+from qscope_trl.training.scores import scoring_of
 from tests.tiny import K, tiny_tokenizer, write_saes
 from tests.training.harness import train
 from tests.training.rollout_harness import (
@@ -119,7 +119,7 @@ def test_with_a_penalty_alone_the_shown_rollouts_are_read_and_nothing_changes(sa
         parameters.append([p.clone() for p in trainer.model.parameters()])
         outputs.append([output["completion_ids"] for output in watching.outputs])
         assert type(trainer) is GRPOTrainer
-        scoring = RolloutScoring.found_on(trainer)
+        scoring = scoring_of(trainer)
         assert scoring is None or scoring.observers == []
     for mine, theirs in zip(parameters[0], parameters[1], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)

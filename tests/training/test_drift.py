@@ -14,13 +14,14 @@ import pytest
 import torch
 from peft import LoraConfig
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 from trl import DPOConfig, DPOTrainer, GRPOTrainer
 
 from qscope_trl import FeatureReward, SAESuite
 from qscope_trl.errors import AttachError, ConfigError, DataError, QScopeWarning
-from qscope_trl.monitor.drift import MIN_FIRINGS, DriftLimits
+from qscope_trl.monitor.drift import MIN_FIRINGS, DriftLimits, load_reference, save_reference
 from qscope_trl.sae.topk_sae import TopKSAE
-from qscope_trl.training import drift, drift_probe
+from qscope_trl.training import drift, drift_measure, drift_probe, opening
 from qscope_trl.training.drift import DriftMonitor, Pace
 from qscope_trl.training.drift_measure import REFERENCE_FILE
 from tests.analysis.dense import decoded, dense, unexplained
@@ -340,6 +341,50 @@ def test_drift_stops_the_training_where_that_is_asked_for(saes: Path, texts: lis
     assert [(row["step"], row["action"]) for row in rows(tmp_path)] == [(0, None), (2, "stop")]
 
 
+class Reporter(TrainerCallback):
+    """As trackio and MLflow do, it closes when training ends; what is logged then opens another run."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.is_closed = False
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        assert not self.is_closed
+        self.steps += [state.global_step] if "sae/drift/kl" in logs else []
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.is_closed = True
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_the_last_step_is_measured_before_reporters_close(
+    stops: bool, saes: Path, texts: list[str], tmp_path: Path
+) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = control.should_training_stop or (stops and state.global_step == 3)
+
+    reporter = Reporter()
+    trainer = make(tmp_path, [reporter, Stop(), monitor(texts, saes, every=50)])
+    train(trainer)
+    assert reporter.steps == [0, 3 if stops else 4]
+    # Its row of the record's log is there as well, though the record ends with the training.
+    logged = [json.loads(line) for line in (tmp_path / "sae_record" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in logged if "sae/drift/kl" in row] == reporter.steps
+
+
+def test_an_end_that_was_not_foreseen_is_measured_as_well(saes: Path, texts: list[str], tmp_path: Path) -> None:
+    class StopAfterEvaluation(TrainerCallback):
+        def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = True
+
+    trainer = make(tmp_path, [StopAfterEvaluation(), monitor(texts, saes, every=50)])
+    trainer.eval_dataset = tokenized_rows(2)
+    trainer.args.eval_strategy, trainer.args.eval_steps = IntervalStrategy.STEPS, 2
+    train(trainer)
+    assert [row["step"] for row in rows(tmp_path)] == [0, 2]
+
+
 # --- resuming ----------------------------------------------------------------------------------------------------
 
 
@@ -379,6 +424,15 @@ def test_a_resumed_run_compares_with_the_model_it_began_with(saes: Path, texts: 
     train_from(elsewhere, tmp_path / "checkpoint-2")
     assert rows(tmp_path / "elsewhere")[-1]["layers"] == whole[-1]["layers"]
     assert (tmp_path / "elsewhere" / "sae_record" / REFERENCE_FILE).is_file()
+
+    # What another run has left in that folder is none of this one's.
+    other = load_reference(tmp_path / "sae_record" / REFERENCE_FILE)
+    foreign = {n: one._replace(residuals_ND=-one.residuals_ND) for n, one in other.layers.items()}
+    save_reference(tmp_path / "elsewhere" / "sae_record" / REFERENCE_FILE, other._replace(layers=foreign))
+    again_elsewhere = resumable()
+    again_elsewhere.args.output_dir = str(tmp_path / "elsewhere")
+    train_from(again_elsewhere, tmp_path / "checkpoint-2")
+    assert rows(tmp_path / "elsewhere")[-1]["layers"] == whole[-1]["layers"]
 
     (tmp_path / "sae_record" / REFERENCE_FILE).unlink()
     anew = resumable()
@@ -420,11 +474,32 @@ def test_the_interval_keeps_probes_below_their_share(monkeypatch: pytest.MonkeyP
     steps(interval - 4, 0.1)
     pace.see_probe(0.5, counts=True)
     assert 0.014 < pace.share < drift.MAX_SHARE
-    # Steps that have become slower are seen at the next choice, and a slower probe too.
+    # Steps that have become slower are seen at the next choice, and a slower probe too, which has to be made up for.
     steps(50, 1.0)
     pace.see_probe(2.0, counts=True)
-    assert pace.interval() == 134
     assert pace.share == pytest.approx(2.5 / (334 * 0.1 + 50))
+    assert pace.share > drift.MAX_SHARE
+    assert pace.interval() == 217
+    steps(217, 1.0)
+    pace.see_probe(2.0, counts=True)
+    assert pace.share < drift.MAX_SHARE
+
+
+def test_probes_are_paid_for_where_the_first_steps_were_much_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the latest steps alone the share would still be 2.5 % at step 1000."""
+    clock, pace, left = Clock(monkeypatch), Pace(), 4
+    pace.see_probe(0.5, counts=False)
+    shares = []
+    for step in range(1500):
+        pace.begin_step()
+        clock.now += 10.0 if step < 5 else 0.1
+        pace.end_step()
+        left -= 1
+        if left <= 0 and pace.is_known:
+            pace.see_probe(0.5, counts=True)
+            left = pace.interval()
+        shares.append(pace.share or 0.0)
+    assert 0.01 < max(shares[700:]) < drift.MAX_SHARE
 
 
 def test_probes_come_at_the_interval_that_was_chosen(
@@ -437,6 +512,9 @@ def test_probes_come_at_the_interval_that_was_chosen(
 
         def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
             clock.now += 1.0
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            clock.now += 90.0  # what others do at a step's end, such as generating, is none of its time
 
     watcher = monitor(texts, saes)
     original = drift.DriftProbe.measure
@@ -478,6 +556,34 @@ def test_only_the_main_process_runs_the_probe_unless_the_weights_are_spread() ->
     trainer.accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3)))
     assert drift_probe.is_spread(trainer)
     assert not drift_probe.has_logits(trainer)
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+@pytest.mark.parametrize("when", ["the reference", "the figures"])
+def test_what_fails_on_the_main_process_ends_all_of_them(
+    is_main: bool, when: str, saes: Path, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others wait for what the main process tells them, so it tells them that too."""
+    probe = drift.DriftProbe(make(tmp_path, []), monitor(texts, saes)._settings)
+    told: list[Any] = []
+
+    def broadcast(found: list[Any]) -> None:
+        told.append(list(found))
+        if not is_main:
+            found[:] = [None, "OutOfMemoryError: no memory"]
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(opening, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(drift_measure, "run_probe", fail)
+    probe.trainer = SimpleNamespace(
+        model=probe.trainer.model, accelerator=SimpleNamespace(num_processes=2, state=None), args=probe.trainer.args,
+        is_world_process_zero=lambda: is_main,
+    )  # fmt: skip
+    with pytest.raises(torch.OutOfMemoryError if is_main else AttachError, match="no memory"):
+        probe.take_reference(0, stored=False) if when == "the reference" else probe.measure()
+    assert told == [[None, "OutOfMemoryError: no memory" if is_main else None]]
 
 
 def test_without_a_record_nothing_is_written(saes: Path, texts: list[str], tmp_path: Path) -> None:

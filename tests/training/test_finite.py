@@ -112,15 +112,16 @@ def test_skip_leaves_their_tokens_out_of_loss_and_statistics_and_says_so(saes: P
 
 def test_the_penalty_of_the_other_tokens_and_its_gradient_are_those_without_the_broken_ones(saes: Path) -> None:
     attachment = PenaltyAttachment(saes, NAMES, sae_k=K, penalty_weight=1.0, penalty_tokens="all")
-    attachment._layers, attachment._monitors = attachment._open_features(tiny_model())
+    captured = attachment._captured
+    captured.layers, captured.monitors = attachment._open_features(tiny_model())
     clean = torch.randn(2, 5, D_MODEL, generator=torch.Generator().manual_seed(0))
     broken = clean.clone()
     broken[1, 2:4] = float("nan")
 
     def run(values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        leaves = {layer: values.clone().requires_grad_() for layer in attachment._layers}
+        leaves = {layer: values.clone().requires_grad_() for layer in captured.layers}
         capture = Capture(residuals=dict(leaves), has_grad=True, attention_mask=mask)
-        total, _ = attachment._penalty([capture], {}, None, "train")
+        total, _ = captured.sum([capture], {}, None, "train")
         total.backward()
         return total.detach(), torch.stack([leaf.grad for leaf in leaves.values()])
 

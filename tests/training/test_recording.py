@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +85,17 @@ def test_monitors_that_were_trained_on_before_are_named_and_stay_used(saes: Path
     first.save_model()
     model = type(first.model).from_pretrained(tmp_path / "first").train()
     chained = [callback(saes, ["L1F9"], monitor_features=["L2F40", "L3F1"])]
-    with pytest.warns(QScopeWarning, match=r"1 of the monitors were trained on before: L2F40 \(penalty\)"):
+    with pytest.warns(QScopeWarning, match=r"1 of the monitors are trained on, .*: L2F40 \(penalty\)"):
         second = make_trainer(tmp_path / "second", chained, model)
     train(second)
     assert used(tmp_path / "second") == {"L1F3": ["penalty"], "L1F9": ["penalty"], "L2F40": ["penalty"]}
+
+
+def test_a_monitor_that_this_run_penalises_is_named(saes: Path, tmp_path: Path) -> None:
+    both = {"monitor_features": ["L2F40", "L3F1"]}
+    with pytest.warns(QScopeWarning, match=r"1 of the monitors are trained on, in this run or before it: L2F40 \("):
+        make_trainer(tmp_path, [callback(saes, **both)])
+    make_trainer(tmp_path / "measured", [callback(saes, weight=0.0, **both)])
 
 
 def test_a_damaged_list_of_used_features_is_said(saes: Path, tmp_path: Path) -> None:
@@ -161,7 +169,47 @@ def test_grpo_records_rewards_and_policy_and_marks_their_features(saes: Path, tm
     assert [row["step"] for row in RunRecord(tmp_path).rows("log")][:2] == [1, 2]
 
 
+def test_a_monitor_that_a_reward_reads_is_named_in_either_order(saes: Path, tmp_path: Path) -> None:
+    watched = FeatureReward(["L1F3"], saes, name="watched", scale=0.0, reader="policy", sae_k=K)
+    reward = FeatureReward(["L1F3"], saes, name="less", reader="policy", sae_k=K)
+    trainer = grpo_trainer(tmp_path, [parity, watched, reward], max_steps=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    said = [str(one.message) for one in caught if isinstance(one.message, QScopeWarning)]
+    assert any("1 of the monitors are trained on" in words and "L1F3 (reward less)" in words for words in said)
+
+
 def test_a_reward_in_trls_own_trainer_is_recorded(saes: Path, tmp_path: Path) -> None:
     reward = FeatureReward(["L1F3"], saes, reader="policy", sae_k=K)
     train(grpo_trainer(tmp_path, [reward]))
     assert used(tmp_path) == {"L1F3": ["reward feature_reward"]}
+
+
+def test_training_again_wraps_the_card_once(saes: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, [callback(saes)], max_steps=1)
+    for _ in range(3):
+        train(trainer)
+    assert trainer.create_model_card.__wrapped__ == type(trainer).create_model_card.__get__(trainer)
+    trainer.create_model_card(model_name="x")
+    assert BEGIN in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_list_of_used_features_that_cannot_be_written_ends_no_run(saes: Path, tmp_path: Path) -> None:
+    (tmp_path / USED_FILE).mkdir()
+    trainer = make_trainer(tmp_path, [callback(saes)], max_steps=1)
+    with pytest.warns(QScopeWarning, match=rf"{USED_FILE}' cannot be written .*; training goes on"):
+        trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_the_date_is_that_of_the_beginning(saes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dates = iter(f"2026-01-0{day}" for day in range(1, 9))
+    monkeypatch.setattr("qscope_trl.training.recording._now", lambda: next(dates))
+    trainer = make_trainer(tmp_path, [callback(saes)], max_steps=1)
+    recorder = recorders(trainer)[0]
+    recorder.on_train_begin(trainer.args, trainer.state, trainer.control)
+    recorder.describe(drift=None)
+    run = RunRecord(tmp_path).get("run")
+    assert run is not None
+    assert run["started"] == "2026-01-01"

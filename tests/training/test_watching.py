@@ -53,9 +53,9 @@ def test_settings_reach_the_callbacks(suite: SAESuite, rows: str) -> None:
         monitor_texts=rows, monitor_prompts=rows, monitor_behaviour="repetition", monitor_every=7, monitor_drift="stop"
     )
     _, drift, dashboard = watchers(monitor, suite, [1, 2])
-    assert (drift.every, drift.on_drift, drift.texts[:2]) == (7, "stop", ["w2 w3", "w3 w3"])
+    assert (drift.every, drift.on_drift, drift._settings.texts[:2]) == (7, "stop", ["w2 w3", "w3 w3"])
     assert (dashboard.every, dashboard.detector.name, dashboard.prompts[:2]) == (7, "repetition", ["w2", "w3"])
-    assert len(drift.texts) == len(dashboard.texts) == MOST_TEXTS
+    assert len(drift._settings.texts) == len(dashboard.texts) == MOST_TEXTS
 
 
 def test_what_cannot_be_read_is_named_with_its_setting(rows: str) -> None:

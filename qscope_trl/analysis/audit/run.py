@@ -66,13 +66,13 @@ def run(config: AuditConfig, *, show_progress: bool = True) -> Audit:
     )
     tuned = _open_tuned(config, base)
     result = audit(base, tuned, tokenizer, suite, inputs, show_progress=show_progress)
-    if inputs.record is not None:
-        inputs.record.put("audit", result.to_dict())
-        model_card.update(str(config.run_dir))
     if config.json is not None:
         report.write_json(result, config.json)
     if config.output is not None:
         report.write_html(result, config.output)
+    if inputs.record is not None:
+        inputs.record.put("audit", result.to_dict())
+        model_card.update_if_possible(str(config.run_dir))
     return result
 
 

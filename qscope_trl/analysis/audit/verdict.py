@@ -99,7 +99,7 @@ def decide(
         collateral: What else changed.
         fits: The SAEs on both models.
     """
-    can_judge = behaviour is not None and behaviour.base * behaviour.num_prompts >= MIN_SHOWN
+    can_judge = behaviour is not None and round(behaviour.base * behaviour.num_prompts) >= MIN_SHOWN
     shown = fall(behaviour.left_low, behaviour.left_high) if behaviour is not None and can_judge else "undecided"
     places = {row.where: row for row in activity if row.kind == "trained on"}
     falls = {where: _fall(row) for where, row in places.items()}

@@ -109,9 +109,9 @@ def overhead(data: RunData) -> Html:
 
 
 def _change(course: Course) -> str:
-    """By how much it changed: as a share where that is below tenfold, else as a difference."""
+    """By how much it changed: as a share where that is below tenfold, else as a difference, of two values or more."""
     difference = course.last - course.first
-    if not math.isfinite(difference):
+    if len(course.values) < 2 or not math.isfinite(difference):
         return "-"
     if course.first > 0 and abs(difference) < 10 * course.first:
         return f"{difference / course.first:+.0%}"

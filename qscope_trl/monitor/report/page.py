@@ -10,6 +10,7 @@ from qscope_trl.monitor import charts, html
 from qscope_trl.monitor.html import Html
 from qscope_trl.monitor.report import audit, curves, features, safeguards, texts
 from qscope_trl.monitor.report.reading import RunData, short_name
+from qscope_trl.monitor.secrets import without_secrets
 
 STYLE = (
     charts.STYLE
@@ -28,7 +29,6 @@ nav { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .9rem; border-
 @media (prefers-color-scheme: dark) { .badge.bad { color: #ff9b61; } .badge.good { color: #5bd198; } }
 """
 )
-_SECRET = re.compile(r"(?:.*_)?(?:token|secret|password|key)", re.IGNORECASE)
 _KNOWN = (
     "model", "trainer", "sae", "penalty", "features", "monitors", "rewards", "policy", "uses", "arguments", "versions",
     "hardware", "started", "num_processes", "qscope_trl", "control", "drift",
@@ -127,7 +127,7 @@ def _absent(data: RunData) -> Html:
 
 def _hidden(values: Mapping[str, Any]) -> dict[str, Any]:
     """Without what may be a secret, empty values last."""
-    shown = {key: "(hidden)" if _SECRET.fullmatch(key) and value else _words(value) for key, value in values.items()}
+    shown = {key: _words(value) for key, value in without_secrets(values).items()}
     return dict(sorted(shown.items(), key=lambda item: item[1] in (None, "", [], {})))
 
 
