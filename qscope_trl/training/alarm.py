@@ -26,9 +26,9 @@ _log = logging.getLogger("qscope_trl")
 def say_if_nothing_is_held_out(trainer: Any, monitors: FeatureSet | None) -> None:
     """One line, on the main process, for a penalty without monitors."""
     if monitors is None and trainer.is_world_process_zero():
-        _log.info(
-            "No feature is held out: `monitor_features` is empty, so only a text detector or a rule could tell that "
-            "the penalised features went silent and the behaviour did not."
+        _log.warning(
+            "qscope_trl: no feature is held out: `monitor_features` is empty, so only a text detector or a rule could "
+            "tell that the penalised features went silent and the behaviour did not."
         )
 
 

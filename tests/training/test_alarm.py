@@ -195,13 +195,13 @@ def test_checkpoints_keep_the_first_values(saes: Path, tmp_path: Path) -> None:
 def test_a_run_without_monitors_says_that_nothing_is_held_out(
     saes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level("INFO", logger="qscope_trl"):
+    with caplog.at_level("WARNING", logger="qscope_trl"):
         make_trainer(tmp_path, [callback(saes, monitor_features=["L3F9"])])
         assert "held out" not in caplog.text
         make_trainer(tmp_path, [callback(saes, weight=0.0)])
         assert "held out" not in caplog.text
         make_trainer(tmp_path, [callback(saes)])
-    assert "No feature is held out: `monitor_features` is empty" in caplog.text
+    assert "no feature is held out: `monitor_features` is empty" in caplog.text
 
 
 def bundled_trainer(tmp_path: Path, callbacks: list[Any], steps: int) -> Trainer:

@@ -92,8 +92,7 @@ def feature_table(data: RunData, features: Sequence[Feature], prefix: str, tone:
     value_name = _value_name(data, prefix)
     header = ["feature", *(["label"] if has_label else []), "firing rate", "course"]
     header += [value_name.replace("_", " ")] if value_name else []
-    header += ["weight", "threshold", *(["by group"] if has_groups else [])]
-    header += ["evidence"] if has_evidence else []
+    header += ["weight", "threshold", *(["evidence"] if has_evidence or has_groups else [])]
     rows = []
     for feature in features:
         rate = data.course(f"{prefix}/{feature.id}/firing_rate")
@@ -103,10 +102,10 @@ def feature_table(data: RunData, features: Sequence[Feature], prefix: str, tone:
         if value_name:
             row.append(_ends(data.course(f"{prefix}/{feature.id}/{value_name}")))
         row += [charts.number(feature.weight), charts.number(feature.threshold)]
-        if has_groups:
-            row.append(", ".join(f"{group} {html.figure(value)}" for group, value in feature.group_thresholds.items()))
-        if has_evidence:
-            row.append(html.element("span", _evidence(feature), class_="evidence"))
+        if has_evidence or has_groups:
+            groups = [f"threshold {group} {html.figure(value)}" for group, value in feature.group_thresholds.items()]
+            told = ", ".join([_evidence(feature), *groups] if feature.evidence else groups)
+            row.append(html.element("span", told, class_="evidence"))
         rows.append(row)
     shown = html.table(header, rows[:_SHOWN_ROWS])
     if len(rows) <= _SHOWN_ROWS:
