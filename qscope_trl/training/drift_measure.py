@@ -190,7 +190,9 @@ class DriftProbe:
 
         def compare(residuals: dict[int, Tensor]) -> Drift:
             if self.reference is None:
-                raise AttachError("`DriftMonitor` has no reference to measure against: it is taken when training begins.")
+                raise AttachError(
+                    "`DriftMonitor` has no reference to measure against: it is taken when training begins."
+                )
             layers = {}
             for layer, x_ND in residuals.items():
                 sae, x_ND = self._together(layer, x_ND)
