@@ -20,8 +20,8 @@ from qscope_trl.training.drift_probe import is_spread
 from tests.distributed.setting import TOP_K, WEIGHT, feature_set
 from tests.distributed.train_engine import use_engine
 from tests.tiny import sentence, tiny_model, tiny_tokenizer
+from tests.training.drift_harness import NO_LIMITS
 from tests.training.harness import arguments, sft_dataset, train
-from tests.training.test_drift import NO_LIMITS
 
 
 def probe_texts() -> list[str]:

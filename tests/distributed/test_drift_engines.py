@@ -13,7 +13,7 @@ from qscope_trl.training.drift import DriftMonitor
 from tests.distributed.drift_engine import probe_texts, run_once
 from tests.forked import run_forked
 from tests.tiny import tiny_model, write_saes
-from tests.training.test_drift import NO_LIMITS
+from tests.training.drift_harness import NO_LIMITS
 
 SCRIPT = Path(__file__).with_name("drift_engine.py")
 _FSDP = {
