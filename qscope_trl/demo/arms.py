@@ -112,7 +112,11 @@ def run_arm(
     timer, callbacks = StepTimer(), []
     if arm in ("penalty", "random"):
         chosen = features if arm == "penalty" else control
-        callbacks.append(SAEPenaltyCallback(assets.saes(), chosen, recipe.penalty_weight))
+        # On random features the penalty may fall and the monitors stay; that is what the arm is for, no alarm.
+        settings: dict[str, Any] = {} if arm == "penalty" else {"alarm": None}
+        callbacks.append(
+            SAEPenaltyCallback(assets.saes(), chosen, recipe.penalty_weight, monitor_features=monitors, **settings)
+        )
     kind = TokenPenaltyTrainer if arm == "token" else SFTTrainer
     trainer = kind(
         model,
