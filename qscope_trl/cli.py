@@ -6,6 +6,7 @@ Nothing heavy is imported before a command needs it, so `qscope --help` answers 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import shlex
 import sys
@@ -32,6 +33,17 @@ _ABOUT = {
     "steer": "plain and steered text side by side, calibration, sweeps with controls, exports",
     "demo": "the whole job on a small bundled model: find, fine-tune, compare",
     "build": "compile the kernels ahead of time, instead of on first use",
+}
+
+# Commands that differ in nothing but this: module that runs, and description. Settings are in `config/NAME.py`.
+_ALIKE = {
+    "curate": ("analysis.curation.run", "Curate a dataset by its features."),
+    "synthesize": ("analysis.synthesis.run", "Generate texts for features not covered."),
+    "evalmap": ("analysis.evalmap.run", "Map evaluation sets by features."),
+    "report": ("monitor.report.run", "One page of a run."),
+    "audit": ("analysis.audit.run", "Is the behaviour gone, or only the feature silent?"),
+    "dashboard": ("monitor.workspace", "A wandb workspace for the runs of a project."),
+    "steer": ("steering.run", "Steer a model along SAE features."),
 }
 
 _GOES_ON = {
@@ -94,18 +106,14 @@ def _dispatch(argv: list[str]) -> int:
         "doctor": _doctor,
         "index": _index,
         "rules": _rules,
-        "curate": _curate,
-        "synthesize": _synthesize,
-        "evalmap": _evalmap,
-        "report": _report,
-        "audit": _audit,
-        "dashboard": _dashboard,
         "steer": _steer,
         "demo": _demo,
         "build": _build,
     }
+    if name not in _ABOUT:
+        raise ConfigError(f"Unknown command `{name}`.{suggestion(name, _ABOUT)}")
     if name not in commands:
-        raise ConfigError(f"Unknown command `{name}`.{suggestion(name, commands)}")
+        return _run_and_tell(name, argv[1:])
     return commands[name](argv[1:])
 
 
@@ -211,98 +219,24 @@ def _rules(argv: list[str]) -> int:
     return rules(argv)
 
 
-def _curate(argv: list[str]) -> int:
-    from qscope_trl.config.curate import CurateConfig
+def _run_and_tell(name: str, argv: list[str]) -> int:
+    """A command that parses its settings, runs, and says what came of it."""
     from qscope_trl.parsing import parse_flags
 
-    config = parse_flags(argv, CurateConfig, prog="qscope curate", description="Curate a dataset by its features.")
-
-    from qscope_trl.analysis.curation import run
-
-    sys.stdout.write(run.format_result(run.run(config)))
-    return 0
-
-
-def _synthesize(argv: list[str]) -> int:
-    from qscope_trl.config.synthesize import SynthesizeConfig
-    from qscope_trl.parsing import parse_flags
-
-    config = parse_flags(
-        argv, SynthesizeConfig, prog="qscope synthesize", description="Generate texts for features not covered."
-    )
-
-    from qscope_trl.analysis.synthesis import run
-
-    sys.stdout.write(run.format_result(run.run(config)))
-    return 0
-
-
-def _evalmap(argv: list[str]) -> int:
-    from qscope_trl.config.evalmap import EvalmapConfig
-    from qscope_trl.parsing import parse_flags
-
-    config = parse_flags(argv, EvalmapConfig, prog="qscope evalmap", description="Map evaluation sets by features.")
-
-    from qscope_trl.analysis.evalmap import run
-
-    sys.stdout.write(run.format_result(run.run(config)))
-    return 0
-
-
-def _report(argv: list[str]) -> int:
-    from qscope_trl.config.report import ReportConfig
-    from qscope_trl.parsing import parse_flags
-
-    config = parse_flags(argv, ReportConfig, prog="qscope report", description="One page of a run.")
-
-    from qscope_trl.monitor.report import run
-
-    sys.stdout.write(run.format_result(run.run(config)))
-    return 0
-
-
-def _audit(argv: list[str]) -> int:
-    from qscope_trl.config.audit import AuditConfig
-    from qscope_trl.parsing import parse_flags
-
-    config = parse_flags(
-        argv, AuditConfig, prog="qscope audit", description="Is the behaviour gone, or only the feature silent?"
-    )
-
-    from qscope_trl.analysis.audit import run
-
-    sys.stdout.write(run.format_result(run.run(config)))
-    return 0
-
-
-def _dashboard(argv: list[str]) -> int:
-    from qscope_trl.config.dashboard import DashboardConfig
-    from qscope_trl.parsing import parse_flags
-
-    config = parse_flags(
-        argv, DashboardConfig, prog="qscope dashboard", description="A wandb workspace for the runs of a project."
-    )
-
-    from qscope_trl.monitor import workspace
-
-    sys.stdout.write(workspace.format_result(workspace.run(config)))
+    module, description = _ALIKE[name]
+    config_class = getattr(importlib.import_module(f"qscope_trl.config.{name}"), f"{name.capitalize()}Config")
+    config = parse_flags(argv, config_class, prog=f"qscope {name}", description=description)
+    command = importlib.import_module(f"qscope_trl.{module}")
+    sys.stdout.write(command.format_result(command.run(config)))
     return 0
 
 
 def _steer(argv: list[str]) -> int:
-    from qscope_trl.config.steer import SteerConfig
-    from qscope_trl.parsing import parse_flags
-
     # argparse takes `-8,-4` for a flag.
     signed = [n for n, word in enumerate(argv[:-1]) if word == "--sweep" and argv[n + 1][:1] == "-"]
     for place in reversed(signed):
         argv[place : place + 2] = [f"--sweep={argv[place + 1]}"]
-    config = parse_flags(argv, SteerConfig, prog="qscope steer", description="Steer a model along SAE features.")
-
-    from qscope_trl.steering import run
-
-    sys.stdout.write(run.format_result(run.run(config)))
-    return 0
+    return _run_and_tell("steer", argv)
 
 
 def _demo(argv: list[str]) -> int:

@@ -79,6 +79,8 @@ def add_flags(parser: argparse.ArgumentParser, kind: type) -> None:
     """
     hints = get_type_hints(kind)
     for item in fields(kind):
+        # argparse formats help texts, and a bare percent sign ends in its traceback.
+        about = item.metadata["help"].replace("%", "%%")
         names = dict.fromkeys([f"--{item.name.replace('_', '-')}", f"--{item.name}"])
         inner = next(hint for hint in _alternatives(hints[item.name]) if hint is not type(None))
         if inner is bool:
@@ -87,11 +89,11 @@ def add_flags(parser: argparse.ArgumentParser, kind: type) -> None:
                 dest=item.name,
                 action=argparse.BooleanOptionalAction,
                 default=item.default,
-                help=item.metadata["help"],
+                help=about,
             )
             continue
         if item.metadata.get("is_positional"):
-            parser.add_argument(item.name, metavar=item.name.upper(), type=inner, help=item.metadata["help"])
+            parser.add_argument(item.name, metavar=item.name.upper(), type=inner, help=about)
             continue
         is_list = get_origin(inner) is list
         required = item.default is MISSING and item.default_factory is MISSING
@@ -105,7 +107,7 @@ def add_flags(parser: argparse.ArgumentParser, kind: type) -> None:
             required=required,
             default=[] if is_list else default,
             choices=item.metadata.get("choices"),
-            help=item.metadata["help"] + note,
+            help=about + note,
         )
 
 

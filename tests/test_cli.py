@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import gzip
 import json
@@ -17,7 +18,7 @@ import torch
 import yaml
 
 import qscope_trl
-from qscope_trl import FeatureSet
+from qscope_trl import FeatureSet, cli
 from qscope_trl.cli import main
 from qscope_trl.errors import CheckpointError, ConfigError, DataError, QScopeWarning
 from qscope_trl.features import Feature
@@ -91,6 +92,22 @@ def test_help_and_version_answer_without_torch() -> None:
         # Measured 0.1 to 0.2 s; loading torch alone takes longer than this limit.
         assert time.perf_counter() - start < 2
         assert "qscope" in shown.stdout
+
+
+# `sft` and `grpo`, whose flags are mostly TRL's: test_parsing.py.
+HELPED = [
+    *(set(cli._ABOUT) - {"sft", "grpo"}),
+    *(f"rules {name}" for name in ("check", "explain", "learn", "evaluate")),
+]
+
+
+@pytest.mark.parametrize("words", sorted([*HELPED, "demo grpo"]))
+def test_every_command_has_a_help(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.suppress(SystemExit):
+        assert main([*words.split(), "--help"]) == 0
+    shown = capsys.readouterr()
+    assert f"qscope {words}" in shown.out
+    assert shown.err == ""
 
 
 def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:

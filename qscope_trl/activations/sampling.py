@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +34,7 @@ class Generation(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to generate: the settings of `qscope steer`, and of the dashboard."""
+    """How to generate: the settings of `qscope steer`, `qscope audit` and the dashboard."""
 
     max_new_tokens: int = 64
     temperature: float = 1.0
@@ -43,6 +43,12 @@ class Sampling:
     max_length: int = 512
     batch_size: int = 8
     show_progress: bool = False
+
+    @classmethod
+    def of(cls, config: Any, *, show_progress: bool) -> Sampling:
+        """What a command's settings say; their names are those of the fields."""
+        given = {item.name: getattr(config, item.name) for item in fields(cls) if item.name != "show_progress"}
+        return cls(show_progress=show_progress, **given)
 
 
 def generate(model: Any, tokenizer: Any, prompts: Sequence[str], settings: Sampling) -> list[Generation]:

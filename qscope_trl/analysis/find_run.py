@@ -13,6 +13,7 @@ from qscope_trl.analysis.texts import read_groups, read_texts
 from qscope_trl.config.find import FindConfig
 from qscope_trl.errors import ConfigError
 from qscope_trl.features import Feature, FeatureSet
+from qscope_trl.monitor.text_table import aligned
 
 
 def run(config: FindConfig) -> FeatureSet:
@@ -131,7 +132,7 @@ def format_table(found: FeatureSet) -> str:
         [str(feature.id), *(_cell(feature, key) for _, key in columns), _figure(feature.threshold)]
         for feature in found.features
     ]
-    return _aligned([head, *rows])
+    return "\n".join(aligned([head, *rows])) + "\n"
 
 
 def format_notes(found: FeatureSet) -> str:
@@ -148,7 +149,7 @@ def format_notes(found: FeatureSet) -> str:
             ]
             for one in origin["baselines"]
         ]
-        text += "\n" + _aligned([["", "classifier", "held-out AUROC", "range"], *rows]) + "\n"
+        text += "\n" + "\n".join(aligned([["", "classifier", "held-out AUROC", "range"], *rows])) + "\n\n"
     search = origin.get("search", {})
     if "tested_features" in search:
         text += (
@@ -181,9 +182,3 @@ def _figure(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.3f}" if value == 0 or abs(value) >= 0.0005 else f"{value:.0e}"
-
-
-def _aligned(rows: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(lines) + "\n"

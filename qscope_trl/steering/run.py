@@ -88,15 +88,7 @@ def run(config: SteerConfig, *, show_progress: bool = True) -> SteerResult:
     model, tokenizer = open_model(
         config.model, revision=config.model_revision, dtype=config.dtype, device=config.device
     )
-    sampling = Sampling(
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        seed=config.seed,
-        max_length=config.max_length,
-        batch_size=config.batch_size,
-        show_progress=show_progress and config.sweep is None,
-    )
+    sampling = Sampling.of(config, show_progress=show_progress and config.sweep is None)
     given = [prompt for prompt in prompts for _ in range(config.num_generations)]
 
     def steered(chosen: FeatureSet, strength: float) -> AbstractContextManager[Any]:

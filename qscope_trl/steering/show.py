@@ -10,6 +10,7 @@ from typing import Any
 
 from qscope_trl.errors import ConfigError
 from qscope_trl.monitor.html import Html, details, element, highlighted, joined, section, settings, table, write_page
+from qscope_trl.monitor.text_table import aligned
 from qscope_trl.steering.sweep import FEATURES, Point, Sweep
 
 _SHOWN_FEATURES = 20
@@ -47,8 +48,7 @@ def format_sweep(sweep: Sweep) -> str:
             shares = [p.share or 0.0 for p in points]
             cells += [f"{100 * _mean(shares):.2f}", f"{100 * min(shares):.2f} to {100 * max(shares):.2f}"]
         rows.append([*cells, f"{_mean(ppl):.1f}"])
-    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines = aligned(rows)
     notes = f"rate: generations that show `{sweep.detector.name}`"
     if has_share:
         notes += f"; share: {sweep.detector.parts_name}"

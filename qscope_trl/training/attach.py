@@ -47,6 +47,7 @@ from qscope_trl.training.normalisation import loss_divisor
 from qscope_trl.training.opening import on_every_process, open_features, open_suite_for
 from qscope_trl.training.penalty import LayerFeatures
 from qscope_trl.training.recording import RunRecorder, describe_penalty
+from qscope_trl.training.used_features import UsedFeatures
 
 _ATTRIBUTE = "_qscope_penalty_attachment"
 
@@ -210,6 +211,11 @@ class PenaltyAttachment:
             self._recorder = RunRecorder.of(trainer)
             self._owns_recorder = self._recorder not in present
             describe_penalty(self._recorder, self)
+        elif self.monitor_features is not None:
+            used = UsedFeatures(trainer.model)
+            if self.config.penalty_weight > 0:
+                used.add(self.features.ids, "penalty")
+            used.warn_of(self.monitor_features.ids)
         if self.metrics.alarm is not None:
             say_if_nothing_is_held_out(trainer, self.monitor_features)
 

@@ -210,3 +210,17 @@ def last_logits(model: Any, count: int) -> dict[str, int]:
     inner: Any = unwrap(model)
     base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
+
+
+def log_metric(trainer: Any, name: str, value: Tensor) -> None:
+    """Put a value into TRL's own metrics of the step, beside its rewards."""
+    trainer._metrics["train"][name].append(float(value))
+
+
+def mend_logged_advantages(trainer: Any, rows_B: Tensor) -> None:
+    """Replace the advantages TRL noted for its completions table by those that are trained on."""
+    noted = trainer._logs["advantages"]
+    values = trainer.accelerator.gather(rows_B.contiguous()).tolist()
+    for _ in range(min(len(values), len(noted))):
+        noted.pop()
+    noted.extend(values)

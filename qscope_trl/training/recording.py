@@ -7,9 +7,7 @@ lies in which file. Left out: what is shown of it; that is `qscope report`.
 from __future__ import annotations
 
 import functools
-import json
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -21,25 +19,17 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qscope_trl._version import __version__
-from qscope_trl.errors import QScopeWarning
 from qscope_trl.features import FeatureId
-from qscope_trl.files import write_whole
 from qscope_trl.monitor import model_card
 from qscope_trl.monitor.run_record import RunRecord
 from qscope_trl.sae.suite import SAESuite
 from qscope_trl.training.checkpoints import CompleteCheckpoints
 from qscope_trl.training.reader import FeatureReader
 from qscope_trl.training.run_facts import arguments, hardware, plain, versions
-
-USED_FILE = "used_features.json"
-"""File in each checkpoint and in `output_dir`: features that were trained on, and how."""
+from qscope_trl.training.used_features import UsedFeatures
 
 _ORIGINAL = "_qscope_original"
 _MOST_EVENTS = 1000
-_NOTE = (
-    "These features were trained on. On this model, and on what is trained from it, they no longer tell whether the "
-    "behaviour is gone: choose others as monitors."
-)
 
 
 class RunRecorder(TrainerCallback):  # type: ignore[misc]
@@ -58,7 +48,8 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
         self.record = RunRecord(".", writes=False)
         self._trainer: Any = None
         self._parts: dict[str, Any] = {}
-        self._uses: dict[str, list[str]] = {}
+        self.used: UsedFeatures
+        """What the trainer's model was trained on; there is one as soon as there is a trainer."""
         self._begun = False
         self._started, self._date = 0.0, ""
         self._step_started = 0.0
@@ -86,7 +77,7 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
         self.leave()
         self._trainer, self._has_run = trainer, False
         self.record = RunRecord(trainer.args.output_dir, writes=self._is_enabled and trainer.is_world_process_zero())
-        self._parts, self._uses = {}, read_used(getattr(trainer.model.config, "_name_or_path", ""))
+        self._parts, self.used = {}, UsedFeatures(trainer.model)
         present = list(trainer.callback_handler.callbacks)
         self._marks = CompleteCheckpoints.of(trainer)
         self._owns_marks = self._marks not in present
@@ -123,30 +114,10 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
             self._put_run()
 
     def use(self, ids: Iterable[FeatureId], how: str) -> None:
-        """Mark features as trained on.
-
-        Args:
-            ids: The features.
-            how: By what: `penalty`, `reward NAME`, `policy NAME`.
-        """
-        for name in map(str, ids):
-            ways = self._uses.setdefault(name, [])
-            if how not in ways:
-                ways.append(how)
+        """Mark features as trained on; see `UsedFeatures.add`."""
+        self.used.add(ids, how)
         if self._begun:
             self._put_run()
-
-    def warn_of_used(self, monitors: Iterable[FeatureId]) -> None:
-        """Warn of monitors that this run trains on, or that the model it started from was trained on."""
-        burnt = [str(one) for one in monitors if str(one) in self._uses]
-        if burnt:
-            listed = ", ".join(f"{name} ({', '.join(self._uses[name])})" for name in burnt[:5])
-            warnings.warn(
-                f"{len(burnt)} of the monitors are trained on, in this run or before it: {listed}. They do not tell "
-                f"whether the behaviour is gone; choose others.",
-                QScopeWarning,
-                stacklevel=3,
-            )
 
     @contextmanager
     def clock(self, part: str, *, is_between_steps: bool = False) -> Iterator[None]:
@@ -272,7 +243,7 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
                 "model": getattr(trainer.model.config, "_name_or_path", ""),
                 "trainer": type(trainer).__name__,
                 **self._parts,
-                "uses": self._uses,
+                "uses": self.used.uses,
                 "arguments": arguments(trainer.args),
                 "versions": versions(),
                 "hardware": hardware(trainer.args.device),
@@ -294,18 +265,8 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
         self._steps, self._step_seconds, self._seconds = 0, 0.0, {}
 
     def _write_used(self, folder: Path) -> None:
-        if self.record.writes and self._uses:
-            features = dict(sorted(self._uses.items(), key=lambda item: FeatureId.parse(item[0])))
-            text = json.dumps({"note": _NOTE, "features": features}, indent=1) + "\n"
-            try:
-                write_whole(folder / USED_FILE, text)
-            except OSError as err:
-                warnings.warn(
-                    f"'{folder / USED_FILE}' cannot be written ({err}); training goes on. What is trained from this "
-                    f"model will not know which features were trained on.",
-                    QScopeWarning,
-                    stacklevel=2,
-                )
+        if self.record.writes:
+            self.used.write(folder)
 
     def _wrap_card(self, present: Any) -> Any:
         record, output_dir = self.record, self.record.folder.parent
@@ -336,7 +297,7 @@ def describe_penalty(recorder: RunRecorder, attachment: Any) -> None:
     if attachment.config.penalty_weight > 0:
         recorder.use(features.ids, "penalty")
     if monitors is not None:
-        recorder.warn_of_used(monitors.ids)
+        recorder.used.warn_of(monitors.ids)
     recorder.describe(
         sae={
             "name": features.sae or opened,
@@ -381,26 +342,9 @@ def describe_rollouts(trainer: Any, readers: Iterable[FeatureReader], policy: An
             monitors.extend(reader.features.ids)
     if acting is not None:
         recorder.use(acting.features.ids, f"policy {policy.kind}")
-    recorder.warn_of_used(monitors)
+    recorder.used.warn_of(monitors)
     described = None if policy is None else {"kind": policy.kind, "strength": policy.strength}
     recorder.describe(rewards=rewards, policy=described)
-
-
-def read_used(folder: str) -> dict[str, list[str]]:
-    """What a model's folder says its features were used for; empty for a Hub id or a model without such a file."""
-    path = Path(folder) / USED_FILE if folder else None
-    if path is None or not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))["features"]
-        return {str(FeatureId.parse(name)): [str(way) for way in ways] for name, ways in found.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as err:
-        warnings.warn(
-            f"'{path}' cannot be read ({err}), so monitors that were trained on before are not told apart.",
-            QScopeWarning,
-            stacklevel=3,
-        )
-        return {}
 
 
 def _now() -> str:

@@ -22,7 +22,7 @@ from qscope_trl.errors import AttachError, ConfigError, PenaltySelfCheckError
 from qscope_trl.features import FeatureSet
 from qscope_trl.hooks.edit import ResidualAdd
 from qscope_trl.sae.suite import SAESuite
-from qscope_trl.training.generations import RolloutActivations
+from qscope_trl.training.generations import RolloutActivations, log_metric, mend_logged_advantages
 from qscope_trl.training.opening import on_every_process, open_features
 from qscope_trl.training.rewards import FeatureReward
 from qscope_trl.training.scores import RolloutScoring
@@ -302,7 +302,7 @@ class RolloutPolicy:
             return rewards_BF
         local = self._rollout_scores(scores, rewards_BF.device)
         flagged = trainer.accelerator.gather(local)
-        _log(trainer, "sae/rollouts/screened", (flagged > self.cutoff).float().mean())
+        log_metric(trainer, "sae/rollouts/screened", (flagged > self.cutoff).float().mean())
         return screened(rewards_BF, flagged, self.cutoff)
 
     def after_scoring(self, trainer: Any, output: dict[str, Any], scores: Scores) -> None:
@@ -319,10 +319,10 @@ class RolloutPolicy:
         if self.kind in ("amplify_negative", "zero_advantage"):
             wide = before[:, None] if after.dim() == 2 else before
             changed = (after != wide).reshape(before.numel(), -1).any(-1)
-            _log(trainer, "sae/rollouts/reweighted", trainer.accelerator.gather(changed.float()).mean())
+            log_metric(trainer, "sae/rollouts/reweighted", trainer.accelerator.gather(changed.float()).mean())
         if after is not before:
             rows = (after * mask).sum(-1) / mask.sum(-1).clamp(min=1) if after.dim() == 2 else after
-            _mend_logged_advantages(trainer, rows)
+            mend_logged_advantages(trainer, rows)
 
     @property
     def steered_B(self) -> Tensor | None:
@@ -371,7 +371,7 @@ class RolloutPolicy:
         advantages = output["advantages"]
         sums = torch.stack([advantages[rows_B].sum(), rows_B.sum().to(advantages.dtype)])
         totals = trainer.accelerator.reduce(sums, reduction="sum")
-        _log(trainer, "sae/rollouts/steered_advantage", totals[0] / totals[1].clamp(min=1))
+        log_metric(trainer, "sae/rollouts/steered_advantage", totals[0] / totals[1].clamp(min=1))
         if self.ratio == "one":
             return
         with torch.no_grad():
@@ -389,18 +389,4 @@ class RolloutPolicy:
         counted = mask.bool() & rows_B[:, None]
         muted = muted_tokens(wide, ratio, counted, trainer.epsilon_low)
         totals = trainer.accelerator.reduce(torch.stack([muted.sum(), counted.sum()]).float(), reduction="sum")
-        _log(trainer, "sae/rollouts/muted_tokens", totals[0] / totals[1].clamp(min=1))
-
-
-def _log(trainer: Any, name: str, value: Tensor) -> None:
-    """Into TRL's own metrics of the step, beside its rewards."""
-    trainer._metrics["train"][name].append(float(value))
-
-
-def _mend_logged_advantages(trainer: Any, rows_B: Tensor) -> None:
-    """Replace the advantages TRL noted for its completions table by those that are trained on."""
-    noted = trainer._logs["advantages"]
-    values = trainer.accelerator.gather(rows_B.contiguous()).tolist()
-    for _ in range(min(len(values), len(noted))):
-        noted.pop()
-    noted.extend(values)
+        log_metric(trainer, "sae/rollouts/muted_tokens", totals[0] / totals[1].clamp(min=1))

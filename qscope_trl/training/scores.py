@@ -23,6 +23,7 @@ from qscope_trl.errors import AttachError, ConfigError, NonFiniteError, PenaltyS
 from qscope_trl.hooks.layers import find_decoder, is_compiled
 from qscope_trl.hooks.residual import Capture, ResidualHook
 from qscope_trl.training.checks import finite_tokens, processes_with
+from qscope_trl.training.frozen import frozen_model, reading
 from qscope_trl.training.generations import (
     RolloutActivations,
     Rollouts,
@@ -118,7 +119,7 @@ class RolloutScoring:
         for name, reader in self.readers.items():
             if name not in self._opened:
                 if reader.reader == "frozen":
-                    self._frozen_model()
+                    frozen_model(self.trainer)
                 divides = getattr(self.trainer, "multi_objective_aggregation", None) == "normalize_then_sum"
                 if divides and getattr(reader, "schedule", "constant") != "constant":
                     raise AttachError(
@@ -326,7 +327,7 @@ class RolloutScoring:
         ids_BT, mask_BT = torch.tensor(rows, device=device), torch.tensor(masks, device=device)
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            model = stack.enter_context(self._reading(source))
+            model = stack.enter_context(reading(trainer, source))
             if is_compiled(model):
                 stack.enter_context(self._listen_to(model, None if model is trainer.model else source))
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -340,47 +341,6 @@ class RolloutScoring:
                 chunk = slice(start, start + size)
                 model(input_ids=ids_BT[chunk], attention_mask=mask_BT[chunk], use_cache=False, **extra)
         self.num_forwards += 1
-
-    @contextmanager
-    def _reading(self, source: str) -> Iterator[Any]:
-        """The model to run for a source, in the state that shows it."""
-        model = self.trainer.model
-        if source == "policy":
-            yield model
-            return
-        reference = self._frozen_model()
-        if reference is not model:
-            yield reference
-            return
-        adapted = self.trainer.accelerator.unwrap_model(model)
-        if "ref" in adapted.peft_config:
-            before = adapted.active_adapter
-            adapted.set_adapter("ref")
-            try:
-                yield model
-            finally:
-                adapted.set_adapter(before)
-            return
-        with adapted.disable_adapter():
-            yield model
-
-    def _frozen_model(self) -> Any:
-        """The model before this training: the reference model, or the policy with its adapters off."""
-        reference = getattr(self.trainer, "ref_model", None)
-        if reference is not None:
-            if getattr(self.trainer.args, "sync_ref_model", False):
-                raise AttachError(
-                    "`sync_ref_model` moves the reference model after the policy, so `reader='frozen'` would follow "
-                    "the training. Turn it off, or choose `reader='policy'`."
-                )
-            return reference
-        if getattr(self.trainer.accelerator.unwrap_model(self.trainer.model), "peft_config", None):
-            return self.trainer.model
-        raise AttachError(
-            "`reader='frozen'` needs the model as it was before this training, and full fine-tuning with `beta=0` "
-            "keeps none. Set `beta` above 0 (TRL then keeps a reference model), train with LoRA, or choose "
-            "`reader='policy'`."
-        )
 
     def _refuse_nonfinite(self) -> None:
         """Stop on all processes if a rollout's activations are not finite on one: TRL takes NaN for no reward."""

@@ -8,6 +8,19 @@ import numpy as np
 import torch
 
 from qscope_trl.sae.topk_sae import TopKSAE
+from tests.tiny import D_MODEL, K, random_sae
+
+N = 40
+"""Tokens."""
+
+
+def make_sae(**changes: Any) -> TopKSAE:
+    return TopKSAE(**{**random_sae(3), "k": K, **changes})
+
+
+def residuals(seed: int = 0, count: int = N) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, D_MODEL, generator=generator) + torch.randn(D_MODEL, generator=generator)
 
 
 def dense(sae: TopKSAE, x: torch.Tensor, *, k: int | None = None, relu: bool = True, bias: Any = None) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,19 +10,8 @@ import torch
 
 from qscope_trl.analysis.doctor import alternatives as other
 from qscope_trl.sae.topk_sae import TopKSAE
-from tests.analysis.dense import decoded, dense, unexplained
+from tests.analysis.dense import N, decoded, dense, make_sae, residuals, unexplained
 from tests.tiny import D_MODEL, D_SAE, K, random_sae
-
-N = 40
-
-
-def make_sae(**changes: Any) -> TopKSAE:
-    return TopKSAE(**{**random_sae(3), "k": K, **changes})
-
-
-def residuals(seed: int = 0, count: int = N) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, D_MODEL, generator=generator) + torch.randn(D_MODEL, generator=generator)
 
 
 def test_every_other_reading_equals_its_dense_computation() -> None:

@@ -12,19 +12,8 @@ import torch
 from qscope_trl.monitor.fit_sums import FitSums, codes, jaccard, join, sparse, value_error
 from qscope_trl.ops.reference import TopKActs
 from qscope_trl.sae.topk_sae import TopKSAE
-from tests.analysis.dense import decoded, dense, unexplained
-from tests.tiny import D_MODEL, D_SAE, K, random_sae
-
-N = 40
-
-
-def make_sae(**changes: Any) -> TopKSAE:
-    return TopKSAE(**{**random_sae(3), "k": K, **changes})
-
-
-def residuals(seed: int = 0, count: int = N) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, D_MODEL, generator=generator) + torch.randn(D_MODEL, generator=generator)
+from tests.analysis.dense import N, decoded, dense, make_sae, residuals, unexplained
+from tests.tiny import D_SAE, K, random_sae
 
 
 def summed(sae: TopKSAE, x: torch.Tensor, pieces: int = 1) -> FitSums:

@@ -12,16 +12,11 @@ from transformers import Trainer
 
 from qscope_trl.monitor.drift import DriftLimits
 from qscope_trl.training.drift import DriftMonitor
-from tests.tiny import K, sentence, tiny_model, tiny_tokenizer, write_saes
+from tests.tiny import K, sentence, tiny_model, tiny_tokenizer
 from tests.training.harness import arguments, pad_collate, tokenized_rows
 
 LAYERS = [1, 2]
 NO_LIMITS = DriftLimits(max_fvu_ratio=None, min_jaccard=None, min_residual_cosine=None, max_dead_rate=None)
-
-
-@pytest.fixture(scope="module")
-def saes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_saes(tmp_path_factory.mktemp("saes"))
 
 
 @pytest.fixture(scope="module")

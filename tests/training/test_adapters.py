@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from qscope_trl import SAEPenaltyCallback, SAESuite
 from qscope_trl.monitor.run_record import RECORD_FOLDER
-from qscope_trl.training.recording import USED_FILE
-from tests.tiny import largest_relative_difference, reported_difference, tiny_model, write_saes
+from qscope_trl.training.used_features import USED_FILE
+from tests.tiny import largest_relative_difference, reported_difference, tiny_model
 from tests.training.adapters import METHODS, assert_nothing_of_ours, ids, logits, saved_tensors, trained
 from tests.training.backbones import Make, backbone, sft, sft_terms
 from tests.training.harness import GradientRecorder, record_batches, train
@@ -34,11 +34,6 @@ __all__ = ["suite"]  # a fixture
 
 MERGED_TOLERANCE = 1e-5
 """fp32: one product with a summed weight for two products; logits are of order 1. Seen: up to 2e-6."""
-
-
-@pytest.fixture(scope="module")
-def saes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_saes(tmp_path_factory.mktemp("saes"))
 
 
 @pytest.fixture(scope="module", params=METHODS)

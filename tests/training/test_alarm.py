@@ -21,7 +21,6 @@ from qscope_trl.monitor.alarm import MONITORS, PENALISED, TEXT, Alarm, AlarmLimi
 from qscope_trl.training import alarm as alarm_module
 from qscope_trl.training.alarm import KEY, AlarmWatch
 from qscope_trl.training.callback import STATE_FILE
-from tests.tiny import write_saes
 from tests.training.harness import arguments, train
 from tests.training.penalty_harness import callback, make_trainer
 
@@ -31,11 +30,6 @@ LOOSE = AlarmLimits(fallen=0.9, stayed=0.9, patience=1)
 GAMED = FeatureSet(features=(Feature(layer=0, index=124, threshold=-3.58),))
 _MEANS = {740: -4.93, 1073: -4.09, 1010: -4.71, 169: -3.77, 839: -4.87}
 HELD_OUT = FeatureSet(features=tuple(Feature(layer=3, index=n, threshold=mean) for n, mean in _MEANS.items()))
-
-
-@pytest.fixture(scope="module")
-def saes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_saes(tmp_path_factory.mktemp("saes"))
 
 
 def fake_trainer(history: list[dict[str, Any]] | None = None, **changes: Any) -> Any:

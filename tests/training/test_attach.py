@@ -30,11 +30,6 @@ from tests.training.harness import arguments, pad_collate, tokenized_rows, train
 from tests.training.penalty_harness import NAMES, callback, hook_count, make_trainer, plain_trainer
 
 
-@pytest.fixture(scope="module")
-def saes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_saes(tmp_path_factory.mktemp("saes"))
-
-
 def is_trained(row: dict[str, list[int]], position: int) -> bool:
     """Prepared SFT rows carry labels, or in older TRL a completion mask."""
     return row["labels"][position] != -100 if "labels" in row else bool(row["completion_mask"][position])

@@ -13,14 +13,9 @@ from transformers.trainer_callback import ExportableState
 from qscope_trl import SAEPenaltyCallback, attach
 from qscope_trl.errors import AttachError, QScopeWarning
 from qscope_trl.training.callback import STATE_FILE
-from tests.tiny import K, tiny_model, write_saes
+from tests.tiny import K, tiny_model
 from tests.training.harness import train
 from tests.training.penalty_harness import NAMES, callback, hook_count, make_trainer, sae_callbacks
-
-
-@pytest.fixture(scope="module")
-def saes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_saes(tmp_path_factory.mktemp("saes"))
 
 
 def test_a_second_train_call_attaches_again(saes: Path, tmp_path: Path) -> None:

@@ -29,18 +29,13 @@ from qscope_trl.errors import CheckpointError
 from qscope_trl.training.checkpoints import MARK_FILE, UNFINISHED_FILE, find_fault
 from qscope_trl.training.metrics import STATE_FILE
 from tests.forked import run_forked
-from tests.tiny import K, write_saes
+from tests.tiny import K
 from tests.training import killed_run
 from tests.training.harness import train
 from tests.training.penalty_harness import NAMES, callback, make_trainer
 from tests.training.rollout_harness import features, grpo_trainer, parity, policy
 
 SAVING: dict[str, Any] = {"max_steps": 5, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 2}
-
-
-@pytest.fixture(scope="module")
-def saes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_saes(tmp_path_factory.mktemp("saes"))
 
 
 def saved_run(saes: Path, folder: Path, **changes: Any) -> None:

@@ -13,15 +13,10 @@ from transformers import Trainer, TrainerCallback
 
 from qscope_trl import PenaltyAttachment, attach
 from qscope_trl.errors import AttachError, DataError, PenaltySelfCheckError, QScopeWarning
-from tests.tiny import K, tiny_model, write_saes
+from tests.tiny import K, tiny_model
 from tests.training.harness import pad_collate, train
 from tests.training.penalty_harness import NAMES, callback, hook_count, make_trainer, plain_trainer, sae_callbacks
 from tests.training.test_equality import lora
-
-
-@pytest.fixture(scope="module")
-def saes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_saes(tmp_path_factory.mktemp("saes"))
 
 
 def test_lora_only_above_the_layer_is_refused(saes: Path, tmp_path: Path) -> None:

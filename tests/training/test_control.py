@@ -18,7 +18,7 @@ from qscope_trl.features import Feature
 from qscope_trl.training import control, opening, sft
 from qscope_trl.training.attach import attachment_of
 from qscope_trl.training.callback import STATE_FILE
-from tests.tiny import K, random_sae, tiny_model, tiny_tokenizer, write_saes
+from tests.tiny import K, random_sae, tiny_model, tiny_tokenizer
 from tests.training.harness import train
 from tests.training.penalty_harness import callback, make_trainer, sae_callbacks
 
@@ -26,11 +26,6 @@ CHOSEN = FeatureSet(
     features=(Feature(layer=1, index=3, weight=2.0, threshold=0.1), Feature(layer=2, index=40, weight=0.5))
 )
 MONITORS = ["L2F41", "L3F9"]
-
-
-@pytest.fixture(scope="module")
-def saes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_saes(tmp_path_factory.mktemp("saes"))
 
 
 def controlled(saes: Path, **settings: Any) -> Any:

@@ -21,7 +21,7 @@ from qscope_trl.training import dashboard as module
 from qscope_trl.training import opening
 from qscope_trl.training.dashboard import FeatureDashboard
 from tests.forked import run_forked
-from tests.tiny import K, random_sae, sentence, tiny_model, tiny_tokenizer, write_saes
+from tests.tiny import K, random_sae, sentence, tiny_model, tiny_tokenizer
 from tests.training.harness import arguments, pad_collate, tokenized_rows, train
 from tests.training.reference import run
 
@@ -35,11 +35,6 @@ SETTINGS: dict[str, Any] = {
     "batch_size": 4,
     "top": 3,
 }
-
-
-@pytest.fixture(scope="module")
-def saes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_saes(tmp_path_factory.mktemp("saes"))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from qscope_trl import FeatureReward, SAEGRPOTrainer, SAEPenaltyCallback
 from qscope_trl.monitor.run_record import RunRecord
 from qscope_trl.training.dashboard import FeatureDashboard
 from qscope_trl.training.scores import scoring_of
-from tests.tiny import K, tiny_tokenizer, write_saes
+from tests.tiny import K, tiny_tokenizer
 from tests.training.harness import train
 from tests.training.rollout_harness import (
     FEATURES,
@@ -29,11 +29,6 @@ from tests.training.rollout_harness import (
 
 NAMES = [f"L{layer}F{index}" for layer, index, *_ in FEATURES]
 SETTINGS: dict[str, Any] = {"num_samples": 2, "max_new_tokens": 4, "top": 3, "every": 1, "behaviour": "regex:w1"}
-
-
-@pytest.fixture(scope="module")
-def saes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_saes(tmp_path_factory.mktemp("saes"))
 
 
 def trained(folder: Path, rewards: list[Any], **changes: Any) -> tuple[Any, Watching]:

@@ -19,7 +19,7 @@ from qscope_trl.errors import QScopeWarning
 from qscope_trl.monitor.run_record import RunRecord
 from qscope_trl.training.dashboard import FeatureDashboard
 from tests.monitor import wandb_file
-from tests.tiny import sentence, write_saes
+from tests.tiny import sentence
 from tests.training.test_dashboard import PENALISED, PROMPTS, SETTINGS, make, penalty
 
 wandb = pytest.importorskip("wandb")
@@ -29,11 +29,6 @@ for name in ("tensorboard", "trackio"):
         pytest.skip(f"needs {name}", allow_module_level=True)
 
 SCALARS = ["loss", "sae/penalty", "sae/L1F3/firing_rate", "sae/monitor/L1F90/firing_rate", "sae/text/rate"]
-
-
-@pytest.fixture(scope="module")
-def saes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_saes(tmp_path_factory.mktemp("saes"))
 
 
 @pytest.fixture

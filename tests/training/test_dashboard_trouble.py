@@ -14,14 +14,9 @@ from qscope_trl.monitor.run_record import RunRecord
 from qscope_trl.training import dashboard as module
 from qscope_trl.training.dashboard import FeatureDashboard
 from qscope_trl.training.dashboard_reading import weights_are_spread
-from tests.tiny import tiny_model, write_saes
+from tests.tiny import tiny_model
 from tests.training.harness import train
 from tests.training.test_dashboard import PROMPTS, SETTINGS, make, penalty
-
-
-@pytest.fixture(scope="module")
-def saes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_saes(tmp_path_factory.mktemp("saes"))
 
 
 def settings(**changes: Any) -> dict[str, Any]:

@@ -21,13 +21,13 @@ from qscope_trl.training import drift_probe
 from qscope_trl.training.drift import DriftMonitor
 from tests.analysis.dense import decoded, dense, unexplained
 from tests.tiny import K, random_sae, tiny_model, tiny_tokenizer
-from tests.training.drift_harness import LAYERS, NO_LIMITS, make, monitor, rows, saes, texts
+from tests.training.drift_harness import LAYERS, NO_LIMITS, make, monitor, rows, texts
 from tests.training.harness import GradientRecorder, arguments, sft_dataset, tokenized_rows, train
 from tests.training.penalty_harness import callback, hook_count, make_trainer
 from tests.training.reference import run
 from tests.training.rollout_harness import features, grpo_trainer, parity
 
-__all__ = ["saes", "texts"]  # fixtures
+__all__ = ["texts"]  # a fixture
 
 
 @torch.no_grad()

@@ -20,10 +20,10 @@ from qscope_trl.training import drift, drift_measure, drift_probe, opening
 from qscope_trl.training.drift import DriftMonitor, Pace
 from qscope_trl.training.drift_measure import REFERENCE_FILE
 from tests.tiny import tiny_model, write_saes
-from tests.training.drift_harness import NO_LIMITS, make, monitor, rows, saes, texts
+from tests.training.drift_harness import NO_LIMITS, make, monitor, rows, texts
 from tests.training.harness import tokenized_rows, train
 
-__all__ = ["saes", "texts"]  # fixtures
+__all__ = ["texts"]  # a fixture
 
 
 # --- limits ------------------------------------------------------------------------------------------------------

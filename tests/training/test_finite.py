@@ -13,18 +13,13 @@ from transformers import Trainer
 from qscope_trl import FeatureReward, PenaltyAttachment, QScopeWarning, SAEGRPOTrainer
 from qscope_trl.errors import ConfigError, NonFiniteError
 from qscope_trl.hooks.residual import Capture
-from tests.tiny import D_MODEL, K, tiny_model, write_saes
+from tests.tiny import D_MODEL, K, tiny_model
 from tests.training.harness import train
 from tests.training.penalty_harness import NAMES, callback, hook_count, plain_trainer, sae_callbacks
 from tests.training.rollout_harness import grpo_trainer, parity
 
 BROKEN = 7
 """A token whose embedding is not finite."""
-
-
-@pytest.fixture(scope="module")
-def saes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_saes(tmp_path_factory.mktemp("saes"))
 
 
 class RowsApart(Trainer):

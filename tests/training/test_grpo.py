@@ -9,14 +9,9 @@ from trl import GRPOConfig, GRPOTrainer
 
 from qscope_trl import SAEGRPOMixin, SAEGRPOTrainer
 from qscope_trl.errors import ConfigError
-from tests.tiny import tiny_model, tiny_tokenizer, write_saes
+from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training.harness import arguments, train
 from tests.training.rollout_harness import GROUP, Recorder, Watching, grpo_trainer, parity, policy, prompts, run_policy
-
-
-@pytest.fixture(scope="module")
-def saes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_saes(tmp_path_factory.mktemp("saes"))
 
 
 def test_mixin_serves_a_trainer_of_ones_own(saes: Path, tmp_path: Path) -> None:

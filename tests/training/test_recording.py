@@ -16,16 +16,12 @@ from qscope_trl.features.hub import LICENCE
 from qscope_trl.monitor.model_card import BEGIN
 from qscope_trl.monitor.run_record import RunRecord
 from qscope_trl.training.checkpoints import MARK_FILE, find_fault
-from qscope_trl.training.recording import USED_FILE, RunRecorder
-from tests.tiny import K, tiny_model, write_saes
+from qscope_trl.training.recording import RunRecorder
+from qscope_trl.training.used_features import USED_FILE
+from tests.tiny import K, tiny_model
 from tests.training.harness import train
 from tests.training.penalty_harness import NAMES, callback, make_trainer
 from tests.training.rollout_harness import FEATURES, grpo_trainer, parity, policy
-
-
-@pytest.fixture(scope="module")
-def saes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_saes(tmp_path_factory.mktemp("saes"))
 
 
 def recorders(trainer: Any) -> list[Any]:
@@ -91,8 +87,9 @@ def test_monitors_that_were_trained_on_before_are_named_and_stay_used(saes: Path
     assert used(tmp_path / "second") == {"L1F3": ["penalty"], "L1F9": ["penalty"], "L2F40": ["penalty"]}
 
 
-def test_a_monitor_that_this_run_penalises_is_named(saes: Path, tmp_path: Path) -> None:
-    both = {"monitor_features": ["L2F40", "L3F1"]}
+@pytest.mark.parametrize("record", [True, False])
+def test_a_monitor_that_this_run_penalises_is_named(record: bool, saes: Path, tmp_path: Path) -> None:
+    both: dict[str, Any] = {"monitor_features": ["L2F40", "L3F1"], "record": record}
     with pytest.warns(QScopeWarning, match=r"1 of the monitors are trained on, in this run or before it: L2F40 \("):
         make_trainer(tmp_path, [callback(saes, **both)])
     make_trainer(tmp_path / "measured", [callback(saes, weight=0.0, **both)])

@@ -18,16 +18,11 @@ from qscope_trl.errors import AttachError, ConfigError
 from qscope_trl.features import FeatureId
 from qscope_trl.training.generations import RolloutActivations
 from qscope_trl.training.rewards import aggregate, fired_tokens
-from tests.tiny import K, tiny_model, tiny_tokenizer, write_saes
+from tests.tiny import K, tiny_model, tiny_tokenizer
 from tests.training.harness import train
 from tests.training.rollout_harness import FEATURES, Recorder, features, fresh_values, grpo_trainer, parity
 
 IDS = (FeatureId(1, 3), FeatureId(2, 40), FeatureId(2, 7))
-
-
-@pytest.fixture(scope="module")
-def saes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_saes(tmp_path_factory.mktemp("saes"))
 
 
 def activations(score: list[float], generated: list[int] | None = None) -> RolloutActivations:

@@ -18,7 +18,7 @@ from qscope_trl.errors import AttachError, ConfigError
 from qscope_trl.features import Feature
 from qscope_trl.training.rollouts import amplified, screened, zeroed
 from qscope_trl.training.scores import RolloutScoring
-from tests.tiny import K, tiny_model, tiny_tokenizer, write_saes
+from tests.tiny import K, tiny_model, tiny_tokenizer
 from tests.training.harness import train
 from tests.training.rollout_harness import (
     GROUP,
@@ -37,11 +37,6 @@ from tests.training.rollout_harness import (
 )
 
 NAN_AWARE = pytest.mark.skipif(Version(trl.__version__) < Version("1.7"), reason="counts a missing reward as 0")
-
-
-@pytest.fixture(scope="module")
-def saes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_saes(tmp_path_factory.mktemp("saes"))
 
 
 # --- formulas, by hand -----------------------------------------------------------------------------------------------

@@ -15,15 +15,10 @@ from qscope_trl.activations.feature_table import encode_table
 from qscope_trl.errors import AttachError, ConfigError, DataError, RuleError
 from qscope_trl.rules import compile_rule
 from qscope_trl.training.rule_monitor import RuleMonitor
-from tests.tiny import K, sentence, tiny_model, tiny_tokenizer, write_saes
+from tests.tiny import K, sentence, tiny_model, tiny_tokenizer
 from tests.training.harness import arguments, pad_collate, tokenized_rows, train
 
 RULES = {"loops": "any(L1: 3, 90; L2F40 > 0.2)", "calm": "not rate(L2F7) > 0.1"}
-
-
-@pytest.fixture(scope="module")
-def saes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_saes(tmp_path_factory.mktemp("saes"))
 
 
 @pytest.fixture(scope="module")

@@ -19,18 +19,13 @@ from qscope_trl.rules import compile_rule
 from qscope_trl.training.generations import RolloutActivations
 from qscope_trl.training.rule_reward import RuleReward
 from tests.rules.random_rules import AGGREGATIONS, FEATURES, LAYERS, SETS, random_rule
-from tests.tiny import K, random_sae, tiny_model, tiny_tokenizer, write_saes
+from tests.tiny import K, random_sae, tiny_model, tiny_tokenizer
 from tests.training.harness import train
 from tests.training.reference import run
 from tests.training.rollout_harness import Recorder, grpo_trainer, parity
 
 IDS = tuple(FeatureId(layer, index) for layer in LAYERS for index in range(FEATURES))
 RULE = "any(L2: 40, 7; mean(L1F3) > 0.05) and not last(L1F90) or rate(L2F7) > 0.4"
-
-
-@pytest.fixture(scope="module")
-def saes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_saes(tmp_path_factory.mktemp("saes"))
 
 
 def rollout(acts: np.ndarray, generated: list[int]) -> RolloutActivations:

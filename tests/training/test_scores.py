@@ -16,7 +16,7 @@ from trl import GRPOTrainer, RLOOConfig, RLOOTrainer
 from qscope_trl import FeatureReward
 from qscope_trl.errors import PenaltySelfCheckError
 from qscope_trl.training.scores import RolloutScoring
-from tests.tiny import K, tiny_model, tiny_tokenizer, write_saes
+from tests.tiny import K, tiny_model, tiny_tokenizer
 from tests.training.harness import train
 from tests.training.rollout_harness import (
     FEATURES,
@@ -30,11 +30,6 @@ from tests.training.test_equality import lora
 
 TOLERANCE = 2e-6
 """Relative; fp32, another order of the same sums because of padding and batching."""
-
-
-@pytest.fixture(scope="module")
-def saes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_saes(tmp_path_factory.mktemp("saes"))
 
 
 def reward(saes: Path, **settings: Any) -> FeatureReward:

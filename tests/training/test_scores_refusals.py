@@ -15,9 +15,7 @@ from qscope_trl.training.generations import Rollouts, find_rollouts, read_genera
 from tests.tiny import K, write_saes
 from tests.training.harness import train
 from tests.training.rollout_harness import grpo_trainer
-from tests.training.test_scores import reward, saes, saved
-
-__all__ = ["saes"]  # a fixture
+from tests.training.test_scores import reward, saved
 
 
 def test_frozen_reader_without_a_frozen_model_says_what_to_set(saes: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from qscope_trl.training.steered import (
     steering_vectors,
     truncated_ratio,
 )
-from tests.tiny import D_MODEL, K, random_sae, write_saes
+from tests.tiny import D_MODEL, K, random_sae
 from tests.training.rollout_harness import (
     FEATURES,
     GROUP,
@@ -32,12 +32,6 @@ from tests.training.rollout_harness import (
     policy,
     run_policy,
 )
-
-
-@pytest.fixture(scope="module")
-def saes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_saes(tmp_path_factory.mktemp("saes"))
-
 
 # --- formulas, by hand -----------------------------------------------------------------------------------------------
 

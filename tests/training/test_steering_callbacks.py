@@ -33,11 +33,6 @@ STRENGTH = 3.0
 TOLERANCE = 2e-6
 
 
-@pytest.fixture(scope="module")
-def saes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_saes(tmp_path_factory.mktemp("saes"))
-
-
 def steering(saes: Path, strength: float = STRENGTH) -> PreventativeSteering:
     return PreventativeSteering(FEATURES, saes, strength=strength)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 
 from qscope_trl.analysis.audit.result import Audit
 from qscope_trl.analysis.audit.verdict import VERDICTS
 from qscope_trl.files import write_whole
 from qscope_trl.monitor import html
+from qscope_trl.monitor.text_table import aligned
 
 _WIDTH = 118
 
@@ -21,7 +21,7 @@ def format_text(result: Audit) -> str:
     parts = [f"Tuned model '{result.tuned}' against '{result.model}', SAEs '{result.saes}'\n"]
     for title, _, header, rows in tables(result):
         parts.append(f"{title}\n")
-        parts.append(_grid(header, rows))
+        parts.append("\n".join(aligned([header, *rows])) + "\n")
     parts += [_wrapped(f"Note: {note}") for note in result.notes]
     parts.append(_wrapped(f"Verdict: {result.verdict}. {result.reason}"))
     return "\n".join(parts)
@@ -166,12 +166,6 @@ def _without_blank(header: list[str], rows: list[list[str]]) -> tuple[list[str],
 
 def _wrapped(paragraph: str) -> str:
     return "\n".join(textwrap.wrap(paragraph, _WIDTH, break_long_words=False, break_on_hyphens=False)) + "\n"
-
-
-def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
-    return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
 def _figure(value: float, digits: int = 3) -> str:

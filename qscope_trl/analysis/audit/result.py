@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from qscope_trl.analysis.doctor.result import TunedFit
+from qscope_trl.files import json_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,15 +232,5 @@ class Audit:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values for JSON, what is not a number as null."""
-        plain: dict[str, Any] = _plain(asdict(self))
+        plain: dict[str, Any] = json_values(asdict(self))
         return plain
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value

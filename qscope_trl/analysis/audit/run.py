@@ -256,15 +256,7 @@ def _generate(
     base: nn.Module, tuned: nn.Module, tokenizer: Any, inputs: Inputs, show_progress: bool
 ) -> tuple[list[Generation], list[Generation]]:
     config = inputs.config
-    sampling = Sampling(
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        seed=config.seed,
-        max_length=config.max_length,
-        batch_size=config.batch_size,
-        show_progress=show_progress,
-    )
+    sampling = Sampling.of(config, show_progress=show_progress)
     prompts = inputs.texts["prompts"]
     return generate(base, tokenizer, prompts, sampling), generate(tuned, tokenizer, prompts, sampling)
 

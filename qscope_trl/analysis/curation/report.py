@@ -27,6 +27,7 @@ from qscope_trl.config.curate import CurateConfig
 from qscope_trl.features import FeatureId
 from qscope_trl.files import write_whole
 from qscope_trl.monitor import html
+from qscope_trl.monitor.text_table import aligned
 
 _QUANTILES = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "max": 1.0}
 _MOST_CHANGED = 10
@@ -110,10 +111,7 @@ def format_report(report: Mapping[str, Any]) -> str:
     """The figures as lines: what each step removed, and how columns and tags stand before and after."""
     table = [["step", "removed", "left", "setting"], ["", "", str(report["rows_before"]), ""]]
     table += [[step["step"], str(step["removed"]), str(step["left"]), step["setting"]] for step in report["steps"]]
-    widths = [max(len(row[i]) for row in table) for i in range(3)]
-    lines = [
-        f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}".rstrip() for row in table
-    ]
+    lines = aligned(table, left=(0, 3))
     counted = {**{f"tag {name}": tag for name, tag in report["tags"].items()}, **report["columns"]}
     for name, found in counted.items():
         values = list(found["before"])[:_MOST_LINES]

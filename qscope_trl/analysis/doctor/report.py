@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 
 from qscope_trl.analysis.doctor.reading import EMBEDDINGS
 from qscope_trl.analysis.doctor.result import Diagnosis, LayerFit
 from qscope_trl.files import write_whole
 from qscope_trl.monitor import html
+from qscope_trl.monitor.text_table import aligned
 
 _WIDTH = 118
 _INDENT = 23
@@ -26,7 +26,7 @@ def format_text(result: Diagnosis) -> str:
     for title, header, rows in tables(result):
         if title:
             parts.append(f"{title}\n")
-        parts.append(_grid(header, rows))
+        parts.append("\n".join(aligned([header, *rows])) + "\n")
     parts.append("".join(_finding_lines(result)))
     parts.append(f"Verdict: {result.verdict} (exit code {result.exit_code})\n")
     return "\n".join(parts)
@@ -138,12 +138,6 @@ def _finding_lines(result: Diagnosis) -> list[str]:
         )
         lines.append("\n".join(wrapped) + "\n")
     return lines
-
-
-def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
-    return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
 def _figure(value: float, digits: int = 3) -> str:

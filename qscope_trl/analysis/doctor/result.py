@@ -5,9 +5,10 @@ Left out: how anything is measured (`fit`, `context`, `tuned`, `chosen`) and jud
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
+
+from qscope_trl.files import json_values
 
 Severity = Literal["fail", "warn", "note", "ok"]
 
@@ -238,15 +239,5 @@ class Diagnosis:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values for JSON, NaN as null, with verdict and exit code."""
-        plain: dict[str, Any] = _plain({"verdict": self.verdict, "exit_code": self.exit_code, **asdict(self)})
+        plain: dict[str, Any] = json_values({"verdict": self.verdict, "exit_code": self.exit_code, **asdict(self)})
         return plain
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from qscope_trl.analysis.evalmap.near import NearSets
 from qscope_trl.analysis.evalmap.rankings import Interval
 from qscope_trl.monitor.html import figure
+from qscope_trl.monitor.text_table import aligned
 
 if TYPE_CHECKING:
     from qscope_trl.analysis.evalmap.run import Mapped
@@ -65,18 +66,6 @@ def format_map(result: Mapped) -> str:
         if result.read.num_full[source.name]:
             lines.append(f"{source.name}: {result.read.num_full[source.name]} samples reach `max_length`")
     return "\n".join(lines) + "\n"
-
-
-def aligned(table: Sequence[Sequence[str]], *, left: Sequence[int] = (0,)) -> list[str]:
-    """Lines of a table; columns are set to the right but those in `left`."""
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    return [
-        "  ".join(
-            f"{cell:<{width}}" if i in left else f"{cell:>{width}}"
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in table
-    ]
 
 
 def _near(found: Sequence[NearSets], title: str) -> list[str]:

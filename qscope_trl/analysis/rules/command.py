@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qscope_trl.config.rules import RulesCheckConfig, RulesEvaluateConfig, RulesExplainConfig, RulesLearnConfig
 from qscope_trl.errors import ConfigError
 from qscope_trl.files import write_whole
+from qscope_trl.monitor.text_table import aligned
 from qscope_trl.parsing import parse_flags, suggestion
 
 if TYPE_CHECKING:
@@ -167,14 +168,7 @@ def format_entries(entries: Sequence[Entry]) -> str:
                 entry.note,
             ]
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    shown = [
-        "  ".join(
-            cell.ljust(width) if place in (0, len(header) - 1) else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    shown = aligned(rows, left=(0, len(header) - 1))
     return f"on {first.texts} test texts, {first.positive} of them positive:\n" + "\n".join(shown) + "\n"
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from qscope_trl.analysis.synthesis.coverage import Coverage
 from qscope_trl.features import FeatureId
 from qscope_trl.files import write_whole
+from qscope_trl.monitor.text_table import aligned
 
 TEXTS = "synthesized"
 """Name of the files with the accepted texts, without suffix."""
@@ -157,7 +158,7 @@ def format_result(result: Synthesis) -> str:
     """Coverage before and after, a line for each feature that was generated for, the controls, and what was spent."""
     before, after = result.before, result.after
     lines = [f"coverage of {len(before.counts)} features, fired above {result.min_activation:g}:"]
-    lines += _table(
+    lines += aligned(
         [
             ("", "texts", "covered", "", "missing", f"weak (<{before.weak_below})"),
             *(
@@ -210,7 +211,7 @@ def _filled(result: Synthesis) -> list[str]:
                 one.label if len(one.label) <= _LABEL_WIDTH else f"{one.label[: _LABEL_WIDTH - 3]}...",
             )
         )
-    return _table(rows, num_left=2)
+    return aligned(rows, left=range(len(rows[0]) - 2, len(rows[0])))
 
 
 def _controls(result: Synthesis) -> list[str]:
@@ -249,16 +250,3 @@ def _difference(pairs: Sequence[tuple[float, float]], shared_error: float) -> st
 
 def _percent(rate: float | None) -> str:
     return "-" if rate is None else f"{rate:.0%}"
-
-
-def _table(rows: Sequence[Sequence[str]], num_left: int = 0) -> list[str]:
-    """Columns of one width, right-aligned but for the last `num_left`."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    split = len(widths) - num_left
-    return [
-        "  ".join(
-            cell.rjust(width) if i < split else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
